@@ -1,0 +1,45 @@
+"""Retention in its three forms, as the paper writes them (§2.1-2.3). Slow and plain on purpose: the oracle of every test.
+
+Shapes: q, k `[B,T,H,K]`, v `[B,T,H,V]`, log_decay `[H]`, state `[B,H,K,V]`; returns o `[B,T,H,V]` and the final state.
+All three compute o_n = Σ_{m≤n} γ^(n-m) (q_n·k_m) v_m + γ^(n+1) q_n S_0, with S_0 the state before the first token.
+"""
+
+import torch
+from torch import Tensor
+
+
+def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """O = (Q Kᵀ ⊙ D) V with D_nm = γ^(n-m) on and below the diagonal: O(T²) work."""
+    length = q.shape[1]
+    n = torch.arange(length, dtype=log_decay.dtype, device=q.device)
+    distance = n[:, None] - n[None, :]
+    decay = torch.exp(log_decay[:, None, None] * distance.clamp(min=0)).tril()
+    scores = torch.einsum("bnhk,bmhk->bhnm", q, k) * decay
+    since_start = torch.exp(log_decay * (n[:, None] + 1))  # [T, H]
+    until_end = torch.exp(log_decay * (length - 1 - n[:, None]))
+    o = torch.einsum("bhnm,bmhv->bnhv", scores, v)
+    o = o + torch.einsum("bnhk,bhkv,nh->bnhv", q, state, since_start)
+    final = torch.exp(log_decay * length)[:, None, None] * state
+    return o, final + torch.einsum("bnhk,bnhv,nh->bhkv", k, v, until_end)
+
+
+def recurrent(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """S_n = γ S_{n-1} + k_nᵀ v_n, o_n = q_n S_n: O(1) work and memory a token."""
+    gamma = torch.exp(log_decay)[:, None, None]
+    outputs = []
+    for n in range(q.shape[1]):
+        state = gamma * state + k[:, n, :, :, None] * v[:, n, :, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, n], state))
+    return torch.stack(outputs, dim=1) if outputs else torch.empty_like(v), state
+
+
+def chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """The parallel form within a chunk, the recurrent form from chunk to chunk; a shorter last chunk is not padded."""
+    chunks = zip(*(x.split(chunk_size, dim=1) for x in (q, k, v)), strict=True)
+    outputs = []
+    for q_chunk, k_chunk, v_chunk in chunks:
+        o, state = parallel(q_chunk, k_chunk, v_chunk, log_decay, state)
+        outputs.append(o)
+    return torch.cat(outputs, dim=1), state
