@@ -1,0 +1,47 @@
+"""Command-line arguments from a dataclass, for every command: tyro, its errors as one line.
+
+A field is an option, its default the option's default, the docstring under it the option's help;
+a field that is itself a dataclass gives dotted options (`--optimizer.learning-rate`).
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import TypeVar
+
+from retentive.errors import InputError
+
+T = TypeVar("T")
+
+
+def parse(
+    cls: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None
+) -> T:
+    """`argv` as a `cls`; what is not given comes from `default`, or from the fields' own defaults.
+
+    `--help` prints and exits. Raises InputError for anything that does not parse.
+    """
+    import tyro
+
+    given = {} if default is None else {"default": default}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(cls, args=list(argv), prog=prog, description=description, **given)
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise InputError(_one_line(complaint.getvalue(), prog)) from None
+
+
+def _one_line(complaint: str, prog: str) -> str:
+    """tyro draws a box: a title, the complaint, a rule, the nearest options with their help."""
+    lines = [line.strip("│ ") for line in complaint.splitlines() if line.startswith("│")]
+    rule = next(i for i, line in enumerate(lines) if line.startswith("─"))
+    said = " ".join(lines[:rule]).replace(" .", ".")
+    unknown = "Unrecognized options: "
+    if said.startswith(unknown):  # the values that follow an unknown option are listed with it
+        said = "unknown option " + said.removeprefix(unknown).split(",")[0]
+    near = next((line.split()[0] for line in lines[rule:] if line.startswith("--")), None)
+    hint = f" (did you mean {near}?)" if near else ""
+    return f"{said[0].lower()}{said[1:].rstrip('.')}{hint}; {prog} --help lists the options"
