@@ -31,6 +31,8 @@ def parse(
     except SystemExit as stop:
         if stop.code == 0:
             raise
+        if isinstance(stop.__context__, InputError):
+            raise stop.__context__ from None
         raise InputError(_one_line(complaint.getvalue(), prog)) from None
 
 
@@ -38,10 +40,11 @@ def _one_line(complaint: str, prog: str) -> str:
     """tyro draws a box: a title, the complaint, a rule, the nearest options with their help."""
     lines = [line.strip("│ ") for line in complaint.splitlines() if line.startswith("│")]
     rule = next(i for i, line in enumerate(lines) if line.startswith("─"))
-    said = " ".join(lines[:rule]).replace(" .", ".")
+    said = " ".join(lines[:rule]).replace(" .", ".").rstrip(".")
     unknown = "Unrecognized options: "
     if said.startswith(unknown):  # the values that follow an unknown option are listed with it
-        said = "unknown option " + said.removeprefix(unknown).split(",")[0]
-    near = next((line.split()[0] for line in lines[rule:] if line.startswith("--")), None)
-    hint = f" (did you mean {near}?)" if near else ""
-    return f"{said[0].lower()}{said[1:].rstrip('.')}{hint}; {prog} --help lists the options"
+        given = said.removeprefix(unknown).split(",")[0]
+        near = next((line.split()[0] for line in lines[rule:] if line.startswith("--")), None)
+        kind = "unknown option" if given.startswith("-") else "unexpected argument"
+        said = f"{kind} {given}" + (f" (did you mean {near}?)" if near else "")
+    return f"{said[0].lower()}{said[1:]}; {prog} --help lists the options"

@@ -37,18 +37,8 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 141 where a pipe's reader left."""
-    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        if command in ("-h", "--help", "help"):
-            print(usage())
-            return 0
-        if command == "--version":
-            print(f"retentive {__version__}")
-            return 0
-        if command not in COMMANDS:
-            near = nearest(command, COMMANDS)
-            raise InputError(f"unknown command {command!r}{near}; choose {', '.join(COMMANDS)}")
-        code = importlib.import_module(COMMANDS[command][0]).main(rest) or 0
+        code = _run(*(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a closed pipe is still caught
         return code
     except InputError as error:
@@ -56,15 +46,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # nothing left to flush at exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # for what is still in the buffer at exit
         return 141
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f": {error.filename}" if error.filename is not None else ""
         return _fail(f"{error.strerror}{where}", 2)
+
+
+def _run(command: str = "--help", *arguments: str) -> int:
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    if command == "--version":
+        print(f"retentive {__version__}")
+        return 0
+    if command not in COMMANDS:
+        near = nearest(command, COMMANDS)
+        raise InputError(f"unknown command {command!r}{near}; choose {', '.join(COMMANDS)}")
+    module, _ = COMMANDS[command]
+    return importlib.import_module(module).main(list(arguments)) or 0
 
 
 def _fail(message: str, code: int) -> int:

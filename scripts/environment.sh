@@ -1,0 +1,53 @@
+#!/bin/sh
+# Makes the environment in .venv with the Python that is named ($1), or brings it up to date.
+# .venv/ready exists only once everything is in; an environment that was cut short is made anew.
+# What goes wrong is said in one line; pip's own words are in .venv/setup.log.
+
+PY=$1
+VENV=.venv
+LOG=$VENV/setup.log
+
+fail() {
+    echo "retentive: $1" >&2
+    exit 1
+}
+
+check_python() {
+    command -v "$PY" >/dev/null ||
+        fail "$PY is not here: install Python 3.11, 3.12 or 3.13, or name one: make PY=/path/to/python3"
+    "$PY" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' ||
+        fail "$PY is $("$PY" --version 2>&1), but this needs 3.11, 3.12 or 3.13: name one with make PY=python3.12"
+    "$PY" -c 'import venv, ensurepip' 2>/dev/null ||
+        fail "$PY has no venv module: install it (Debian, Ubuntu: apt install python3-venv)"
+}
+
+pip_install() {
+    "$VENV/bin/python" -m pip install --disable-pip-version-check "$@" >>"$LOG" 2>&1 || fail "$(cause)"
+}
+
+cause() {
+    if grep -qi 'no space left' "$LOG"; then
+        echo "the disk is full: free about 2 GB (8 GB for a CUDA build of torch), then run make again"
+    elif grep -qiE 'connection broken|connectionerror|name resolution|timed out|proxyerror' "$LOG"; then
+        echo "no network: pip cannot reach its package index (.venv/setup.log); connect, then run make again"
+    else
+        echo "pip failed: $(grep -i '^error' "$LOG" | tail -n 1) (.venv/setup.log); run make again once that is settled"
+    fi
+}
+
+check_python
+if [ -e "$VENV/unfinished" ] || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    rm -rf "$VENV"
+fi
+mkdir -p "$VENV" && touch "$VENV/unfinished" || fail "cannot write to $(pwd): make needs its checkout writable"
+rm -f "$VENV/ready"
+: >"$LOG"
+
+echo "retentive: making the environment in .venv (once, a few minutes)"
+[ -x "$VENV/bin/python" ] || "$PY" -m venv "$VENV" >>"$LOG" 2>&1 ||
+    fail "$PY cannot make an environment (.venv/setup.log): install its venv module (Debian, Ubuntu: apt install python3-venv)"
+# torch first and alone: beside other requirements pip may choose another build of it.
+pip_install -c constraints.txt "torch>=2.11"
+pip_install -c constraints.txt -e '.[dev]'
+mv "$VENV/unfinished" "$VENV/ready"
+touch "$VENV/ready"
