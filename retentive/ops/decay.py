@@ -23,15 +23,23 @@ def log_decay(num_heads: int, rule: str | Sequence[float] = "power") -> Tensor:
     if rule == "power":
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(num_heads, dtype=torch.float64)))
     if rule == "linspace":
-        exponents = torch.linspace(math.log(1 / 32), math.log(1 / 512), num_heads, dtype=torch.float64)
+        exponents = torch.linspace(
+            math.log(1 / 32), math.log(1 / 512), num_heads, dtype=torch.float64
+        )
         return torch.log1p(-torch.exp(exponents))
     if isinstance(rule, str):
-        raise InputError(f"unknown decay rule {rule!r}{nearest(rule, RULES)}; choose {', '.join(RULES)} or a list of log decays")
+        raise InputError(
+            f"unknown decay rule {rule!r}{nearest(rule, RULES)}; choose {', '.join(RULES)} or a list of log decays"
+        )
     values = torch.tensor(list(rule), dtype=torch.float64)
     if values.shape != (num_heads,):
-        raise InputError(f"decay lists {values.numel()} log decays for {num_heads} heads; give one per head")
+        raise InputError(
+            f"decay lists {values.numel()} log decays for {num_heads} heads; give one per head"
+        )
     if not bool((values <= 0).all()):
-        raise InputError("decay lists a log decay that is not ≤ 0; give the natural log of γ, 0 for no decay")
+        raise InputError(
+            "decay lists a log decay that is not ≤ 0; give the natural log of γ, 0 for no decay"
+        )
     return values
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def parallel(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """O = (Q Kᵀ ⊙ D) V with D_nm = γ^(n-m) on and below the diagonal: O(T²) work."""
     length = q.shape[1]
     n = torch.arange(length, dtype=log_decay.dtype, device=q.device)
@@ -23,7 +25,9 @@ def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) 
     return o, final + torch.einsum("bnhk,bnhv,nh->bhkv", k, v, until_end)
 
 
-def recurrent(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def recurrent(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """S_n = γ S_{n-1} + k_nᵀ v_n, o_n = q_n S_n: O(1) work and memory a token."""
     gamma = torch.exp(log_decay)[:, None, None]
     outputs = []
