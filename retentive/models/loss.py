@@ -1,0 +1,94 @@
+"""Cross entropy of a linear head without its logits: chunk by chunk, forward and backward at once.
+
+Shapes: N tokens, D width, W words of the vocabulary; h `[N,D]`, weight `[W,D]`, targets `[N]`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from retentive.errors import InputError
+
+IGNORED = -100
+REDUCTIONS = ("mean", "sum")
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """The cross entropy of `h @ weight.T` against `targets`, in nats, "mean" or "sum" over those that are not -100.
+
+    h `[...,D]`, targets `[...]`. While a chunk's logits are at hand its gradients are formed, too, so logits are
+    computed once and never exist whole. Products run in the autocast dtype, softmax and sums in float32.
+    """
+    if reduction not in REDUCTIONS:
+        raise InputError(f"unknown reduction {reduction!r}; choose {' or '.join(REDUCTIONS)}")
+    if targets.shape != h.shape[:-1]:
+        raise InputError(
+            f"targets are {list(targets.shape)} for h {list(h.shape)}; give one a token"
+        )
+    _check_range(targets, weight.shape[0])
+    kind = h.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else h.dtype
+    needed = [torch.is_grad_enabled() and x.requires_grad for x in (h, weight)]
+    flat = targets.flatten()
+    with torch.autocast(kind, enabled=False):
+        total = _LinearCrossEntropy.apply(h.flatten(0, -2), weight, flat, dtype, needed)
+    return total if reduction == "sum" else total / (flat != IGNORED).sum().clamp(min=1)
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, needed: list[bool]
+    ) -> Tensor:
+        exact = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=exact, device=h.device)
+        dh = torch.empty_like(h) if needed[0] else None
+        dweight = torch.zeros_like(weight, dtype=exact) if needed[1] else None
+        w = weight.to(dtype)
+        rows = chunk_rows(len(weight), h.device)
+        for start in range(0, len(h), rows):
+            chunk, target = h[start : start + rows].to(dtype), targets[start : start + rows]
+            real = (target != IGNORED).unsqueeze(1)
+            target = target.clamp(min=0).unsqueeze(1)
+            log_p = F.log_softmax(chunk @ w.T, dim=-1, dtype=exact)
+            total -= log_p.gather(1, target).masked_fill_(~real, 0).sum()
+            if dh is None and dweight is None:
+                continue
+            # d loss / d logits is softmax minus one-hot; the rows without a target drop out below.
+            dlogits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
+            dlogits = dlogits.to(dtype)
+            if dh is not None:
+                torch.mul(dlogits @ w, real, out=dh[start : start + rows])
+            if dweight is not None and dtype == exact:
+                dweight.addmm_(dlogits.T, chunk * real)
+            elif dweight is not None:
+                dweight += dlogits.T @ (chunk * real)
+        ctx.save_for_backward(dh, None if dweight is None else dweight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Scaled in place: a second backward of this graph is refused by autograd, as usual.
+        scaled = (None if x is None else x.mul_(grads[0]) for x in ctx.saved_tensors)
+        return (*scaled, None, None, None)
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Tokens whose logits are formed at once: 16 MB of them on a CPU (its cache), 256 MB elsewhere."""
+    return max(128, (2**22 if device.type == "cpu" else 2**26) // vocab_size)
+
+
+def _check_range(targets: Tensor, vocab_size: int) -> None:
+    """Reading values would break a graph, and on an accelerator stall it."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling() or not targets.numel():
+        return
+    real = targets[targets != IGNORED]
+    if real.numel() and not (0 <= int(real.min()) and int(real.max()) < vocab_size):
+        raise InputError(
+            f"targets run from {int(real.min())} to {int(real.max())}; this model's vocabulary has 0 to"
+            f" {vocab_size - 1}, and {IGNORED} for none"
+        )
