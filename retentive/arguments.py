@@ -23,11 +23,13 @@ def parse(
     """
     import tyro
 
-    given = {} if default is None else {"default": default}
+    fallback = tyro.MISSING_NONPROP if default is None else default
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(cls, args=list(argv), prog=prog, description=description, **given)
+            return tyro.cli(
+                cls, args=list(argv), prog=prog, description=description, default=fallback
+            )
     except SystemExit as stop:
         if stop.code == 0:
             raise

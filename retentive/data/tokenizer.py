@@ -1,0 +1,173 @@
+"""Tokenizers: byte-level BPE trained here, bytes, or anybody's tokenizer.json.
+
+All are `tokenizers.Tokenizer`. Ours have the end token as id 0, then the 256 bytes, then merges;
+every text can be written in them and decodes to itself.
+"""
+
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retentive.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END = "<|end|>"
+FILE = "tokenizer.json"
+_END_NAMES = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_SMALLEST = 257  # the end token and the bytes
+_SAMPLE = 2048  # pieces of `_PIECE` characters: what BPE is trained on at most, 32 MB
+_PIECE = 2**14
+_AT_ONCE = 2**19  # characters encoded at once: the library holds up to 450 bytes for each
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    """Byte-level BPE with at most `vocab_size` entries (fewer if `texts` has too little to merge).
+
+    Trained on an even random sample of at most 32 million characters, so that memory stays below
+    a few hundred MB whatever the corpus.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < _SMALLEST:
+        raise InputError(
+            f"vocab_size is {vocab_size}; it is at least {_SMALLEST} (bytes and an end)"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,  # pyright: ignore
+        special_tokens=[END],  # pyright: ignore
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # pyright: ignore
+        show_progress=False,  # pyright: ignore
+    )
+    tokenizer.train_from_iterator(_sample(texts), trainer)
+    return tokenizer
+
+
+def byte_tokenizer() -> "Tokenizer":
+    """A token a byte, and the end token."""
+    return train_tokenizer((), _SMALLEST)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer":
+    """The tokenizer of a model folder, or of a tokenizer.json, whole texts and no padding."""
+    from tokenizers import Tokenizer
+
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file /= FILE
+    if not file.is_file():
+        raise InputError(f"there is no tokenizer at {file}: give a tokenizer.json or its folder")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise InputError(f"{file} is no tokenizer.json: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: "Tokenizer", folder: str | os.PathLike[str]) -> None:
+    """Writes `folder`/tokenizer.json, aside first, so that a reader never sees half of it."""
+    file = Path(folder, FILE)
+    aside = file.with_name(f".{FILE}.{os.getpid()}")
+    aside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    aside.replace(file)
+
+
+def end_id(tokenizer: "Tokenizer") -> int:
+    """The id of the token that ends a text: ours, or what other tokenizers call it."""
+    ids = (tokenizer.token_to_id(name) for name in _END_NAMES)
+    found = next((i for i in ids if i is not None), None)
+    if found is None:
+        raise InputError(f"the tokenizer has no end token: it needs one of {', '.join(_END_NAMES)}")
+    return found
+
+
+def token_bytes(tokenizer: "Tokenizer") -> np.ndarray:
+    """int64 [vocab]: the UTF-8 bytes of text that each token stands for, 0 for special tokens.
+
+    Exact for byte-level BPE and for byte fallback; for normalising tokenizers (lower case, say) the
+    bytes of what they kept.
+    """
+    size = max(tokenizer.get_vocab().values()) + 1
+    added = tokenizer.get_added_tokens_decoder()
+    decoder: Any = tokenizer.decoder
+    byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+    counts = np.zeros(size, np.int64)
+    for token, i in tokenizer.get_vocab().items():
+        if i in added:
+            counts[i] = 0 if added[i].special else len(token.encode())
+        elif byte_level:
+            counts[i] = len(token)  # a character stands for a byte
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+            counts[i] = 1
+        else:
+            counts[i] = len(token.replace("▁", " ").removeprefix("##").encode())
+    return counts
+
+
+def encode(tokenizer: "Tokenizer", texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """The ids of each text, without special tokens, int64; texts stream through on all cores."""
+    pieces = ((piece, last) for text in texts for piece, last in cut(text, _AT_ONCE // 2))
+    parts: list[np.ndarray] = []
+    for group in _groups(pieces):
+        encodings = tokenizer.encode_batch_fast([p for p, _ in group], add_special_tokens=False)
+        for (_, last), encoding in zip(group, encodings, strict=True):
+            parts.append(np.asarray(encoding.ids, np.int64))
+            if last:
+                yield np.concatenate(parts)
+                parts = []
+
+
+def _groups(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """`pieces` in lists of about `_AT_ONCE` characters together."""
+    group: list[tuple[str, bool]] = []
+    length = 0
+    for piece in pieces:
+        group.append(piece)
+        length += len(piece[0])
+        if length >= _AT_ONCE:
+            yield group
+            group, length = [], 0
+    if group:
+        yield group
+
+
+_BETWEEN_LINES = re.compile(r"\S\n(?=\S)")  # where byte-level BPE never merges over the cut
+
+
+def cut(text: str, length: int) -> Iterator[tuple[str, bool]]:
+    """`text` in pieces of about `length` characters that tokenize like the whole; is it the last?
+
+    Cut after a line end between two lines that are not indented or empty; where none comes within
+    another `length`, anywhere.
+    """
+    start = 0
+    while len(text) - start > 2 * length:
+        between = _BETWEEN_LINES.search(text, start + length, start + 2 * length)
+        stop = between.end() if between else start + 2 * length
+        yield text[start:stop], False
+        start = stop
+    yield text[start:], True
+
+
+def _sample(texts: Iterable[str]) -> list[str]:
+    """A uniform sample of the pieces of `texts` (reservoir sampling, the same every time)."""
+    dice = random.Random(0)
+    kept: list[str] = []
+    pieces = (piece for text in texts for piece, _ in cut(text, _PIECE))
+    for seen, piece in enumerate(pieces):
+        if seen < _SAMPLE:
+            kept.append(piece)
+        elif (slot := int(dice.random() * (seen + 1))) < _SAMPLE:
+            kept[slot] = piece
+    return kept
