@@ -19,19 +19,22 @@ def log_decay(num_heads: int, rule: str | Sequence[float] = "power") -> Tensor:
 
     `rule` is "power" (γ = 1 - 2^(-5-h), paper §2.2), "linspace" (γ = 1 - exp(linspace(log 1/32, log 1/512, H)), paper
     §3.1), or the H values of log γ themselves (each ≤ 0; 0 is no decay). Exact for any H: γ itself is never formed.
+    Always on the CPU, also where the default device is another: models are built on the meta device.
     """
     if rule == "power":
-        return torch.log1p(-torch.exp2(-5.0 - torch.arange(num_heads, dtype=torch.float64)))
+        return torch.log1p(
+            -torch.exp2(-5.0 - torch.arange(num_heads, dtype=torch.float64, device="cpu"))
+        )
     if rule == "linspace":
         exponents = torch.linspace(
-            math.log(1 / 32), math.log(1 / 512), num_heads, dtype=torch.float64
+            math.log(1 / 32), math.log(1 / 512), num_heads, dtype=torch.float64, device="cpu"
         )
         return torch.log1p(-torch.exp(exponents))
     if isinstance(rule, str):
         raise InputError(
             f"unknown decay rule {rule!r}{nearest(rule, RULES)}; choose {', '.join(RULES)} or a list of log decays"
         )
-    values = torch.tensor(list(rule), dtype=torch.float64)
+    values = torch.tensor(list(rule), dtype=torch.float64, device="cpu")
     if values.shape != (num_heads,):
         raise InputError(
             f"decay lists {values.numel()} log decays for {num_heads} heads; give one per head"
