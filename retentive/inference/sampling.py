@@ -77,6 +77,18 @@ class Sampler:
         self.seen[index, tokens] = True
         return tokens
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What `restore` needs to go on drawing as this sampler would."""
+        generators = torch.stack([generator.get_state() for generator in self.generators])
+        return {"generators": generators, "seen": self.seen}
+
+    def restore(self, tensors: dict[str, Tensor], *, draws: bool) -> None:
+        """What was seen, and where the draws stood unless these start anew (`draws` False)."""
+        self.seen.copy_(tensors["seen"])
+        if draws:
+            for generator, state in zip(self.generators, tensors["generators"], strict=True):
+                generator.set_state(state.clone())  # it wants memory of its own
+
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

@@ -1,0 +1,221 @@
+"""`retentive generate`: text from a trained model, streamed; saved and gone on with."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import tyro
+
+from retentive.arguments import parse
+from retentive.data.tokenizer import load_tokenizer
+from retentive.devices import resolve_device
+from retentive.errors import InputError
+from retentive.inference.sampling import Sampling
+from retentive.inference.session import Piece, Session
+from retentive.models.checkpoint import load
+
+_SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options left out are those of the loaded session, or else the defaults in brackets."""
+
+    model: tyro.conf.Positional[Path]
+    """A model folder, or the folder of a training run."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to go on from; several are written at once. Without any, standard input is it."""
+    max_new_tokens: int = 128
+    """At most so many tokens a text; 0 only reads the prompt (for --save-state)."""
+    temperature: float | None = None
+    """Divides the logits; 0 is greedy [0.8]."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens [all]."""
+    top_p: float | None = None
+    """Keep the fewest likeliest tokens that hold this much probability [0.95]."""
+    min_p: float | None = None
+    """Drop tokens less likely than this fraction of the likeliest [0]."""
+    repetition_penalty: float | None = None
+    """Weaken the tokens already in the text; 1 is off [1]."""
+    seed: int | None = None
+    """The text is the same for the same seed [0]."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End a text before this string; may be given several times."""
+    save_state: Path | None = None
+    """Write here what is needed to go on with the texts."""
+    load_state: Path | None = None
+    """Go on with the texts saved here; a --prompt a text is added to them."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, mps or auto."""
+    dtype: str = "float32"
+    """float32, bfloat16, float16 or float64."""
+
+    def sampling(self) -> dict[str, Any]:
+        """The sampling options that were given."""
+        given = {name: getattr(self, name) for name in _SAMPLING}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def main(argv: Sequence[str]) -> int | None:
+    options = parse(
+        Options, argv, "retentive generate", "Text that goes on from prompts, as it is written."
+    )
+    if options.max_new_tokens < (0 if options.save_state else 1):
+        raise InputError(
+            f"--max-new-tokens is {options.max_new_tokens}; give 1 or more (0 with --save-state)"
+        )
+    Sampling(**options.sampling())  # refused before the model is loaded
+    if options.save_state is not None:
+        _check_writable(options.save_state)
+    prompts = options.prompt
+    if not prompts and options.load_state is None:
+        prompts = (_standard_input(),)
+
+    device = resolve_device(options.device)
+    model = load(options.model, device=str(device), dtype=options.dtype)
+    tokenizer = load_tokenizer(options.model)
+    if options.load_state is not None:
+        session = Session.load(
+            options.load_state,
+            model,
+            tokenizer,
+            sampling=options.sampling(),
+            stop=options.stop or None,
+        )
+        if not prompts and not session.active:
+            raise InputError(f"every text in {options.load_state} has ended; add a --prompt to it")
+    else:
+        session = Session(model, tokenizer, Sampling(**options.sampling()), options.stop)
+    return _write(session, prompts, options)
+
+
+def _write(session: Session, prompts: Sequence[str], options: Options) -> int:
+    """Reads, writes, saves, reports. 130 where the user interrupted it, with all of this done."""
+    began = time.perf_counter()
+    held = session.read(prompts) if prompts else []
+    started = time.perf_counter()
+    printer = Printer(sys.stdout, _headings(session, prompts))
+    printer.push(held)
+    written = 0
+    try:
+        with _interruptions() as interrupted:
+            for pieces in session.steps(options.max_new_tokens):
+                printer.push(pieces)
+                written += len(pieces)
+                if interrupted:
+                    break
+        seconds = time.perf_counter() - started
+        printer.close([] if options.save_state else session.held())
+    finally:  # also where the reader of a pipe has left
+        if options.save_state is not None:
+            session.save(options.save_state)
+    if interrupted:
+        print("interrupted", file=sys.stderr)
+    if prompts:
+        print(f"prompt read in {started - began:.2f} s", file=sys.stderr)
+    if written:
+        rate = f"{written} tokens in {seconds:.2f} s, {written / seconds:.1f} tokens/s"
+        print(rate, file=sys.stderr)
+    print(f"state: {session.state_bytes / len(session.rows):,.0f} bytes a text", file=sys.stderr)
+    if options.save_state is not None:
+        again = f"retentive generate {options.model} --load-state {options.save_state}"
+        print(f"saved; go on with: {again}", file=sys.stderr)
+    return 130 if interrupted else 0
+
+
+class Printer:
+    """Several texts on one stream: one shows as it is written, the others wait for their turn."""
+
+    def __init__(self, out: TextIO, headings: Sequence[str]) -> None:
+        """`headings`: one a text; no heading is shown above a single one."""
+        self.out, self.headings = out, headings
+        self.shown = 0  # the text that streams now
+        self.waiting = [""] * len(headings)
+        self.finished = [False] * len(headings)
+        self._head()
+
+    def push(self, pieces: Sequence[Piece]) -> None:
+        for row, text, finish in pieces:
+            self.waiting[row] += text
+            self.finished[row] |= finish is not None
+        self._flush()
+        while self.finished[self.shown] and self.shown + 1 < len(self.headings):
+            self._next()
+
+    def close(self, held: Sequence[Piece]) -> None:
+        """What is left. A lone text in a pipe stays as it is; others end with a line end."""
+        self.push(held)
+        while self.shown + 1 < len(self.headings):
+            self._next()
+        if len(self.headings) > 1 or self.out.isatty():
+            self.out.write("\n")
+        self.out.flush()
+
+    def _next(self) -> None:
+        self.out.write("\n\n")
+        self.shown += 1
+        self._head()
+        self._flush()
+
+    def _head(self) -> None:
+        if len(self.headings) > 1:
+            self.out.write(f"{self.headings[self.shown]}\n")
+
+    def _flush(self) -> None:
+        self.out.write(self.waiting[self.shown])
+        self.out.flush()
+        self.waiting[self.shown] = ""
+
+
+def _headings(session: Session, prompts: Sequence[str]) -> list[str]:
+    """`== 2 of 3: ...the end of its prompt ==`"""
+    count = len(session.rows)
+    ends = [f": {_last_words(prompt)}" for prompt in prompts] or [""] * count
+    return [f"== {i} of {count}{end} ==" for i, end in enumerate(ends, 1)]
+
+
+def _last_words(prompt: str, width: int = 60) -> str:
+    line = " ".join(prompt.split())
+    return line if len(line) <= width else f"...{line[3 - width :]}"
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Ctrl-C is noted in the list: a step is never left half done. A second one is obeyed."""
+    noted: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        noted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        raise InputError("there is no prompt; give --prompt TEXT, or pipe a text in")
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the text on standard input is not UTF-8 (byte {error.start})") from None
+    return text.removesuffix("\n")  # the one that every text file ends with
+
+
+def _check_writable(path: Path) -> None:
+    """Before anything is written that could then not be saved."""
+    if path.is_dir():
+        raise InputError(f"--save-state {path} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise InputError(f"--save-state {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"--save-state {path}: no permission to write in {path.parent}")

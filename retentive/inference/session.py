@@ -1,0 +1,244 @@
+"""Texts in the making: read prompts, step by step add a token to each row, save and go on.
+
+A session's rows are ragged and stop by themselves. Between two calls each row is whole: the model
+has read all of its text but the last token, which `step` feeds next. So a session saved between
+two steps goes on with the tokens that it would have had without the stop.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+
+from retentive.data.tokenizer import end_id
+from retentive.errors import InputError
+from retentive.inference.sampling import Sampler, Sampling
+from retentive.inference.text import TextStream
+from retentive.models.files import fingerprint
+from retentive.models.language_model import LanguageModel
+from retentive.models.state import RetNetState, concat
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SEGMENT = 2048  # tokens of prompt read at once: memory does not grow with the prompt
+
+
+class Piece(NamedTuple):
+    """New text of a row; `finish` says why it is the row's last: "end" (of the text) or "stop"."""
+
+    row: int
+    text: str
+    finish: str | None = None
+
+
+@dataclass
+class Row:
+    """One text: its last token, which the model has not read yet (None: the text has ended)."""
+
+    stream: TextStream
+    last: int | None = None
+    finish: str | None = None
+
+
+class Session:
+    """Rows of text on one model. `read` prompts, then `step` as often as tokens are wanted."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: "Tokenizer",
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> None:
+        """`stop`: strings that end a row and are not part of its text.
+
+        Raises InputError for an empty one, and for a tokenizer with more tokens than the model.
+        """
+        if "" in stop:
+            raise InputError("a stop string is empty; give at least one character")
+        self.vocab_size = tokenizer.get_vocab_size()
+        if self.vocab_size > model.config.vocab_size:
+            raise InputError(
+                f"the tokenizer has {self.vocab_size} tokens, the model {model.config.vocab_size}; "
+                "give the tokenizer.json that the model was trained with"
+            )
+        self.model, self.tokenizer, self.stop = model, tokenizer, tuple(stop)
+        self.sampling = sampling or Sampling()
+        self.rows: list[Row] = []
+        self.active: list[int] = []  # the rows that have not stopped, in the order of their states
+        self._end = end_id(tokenizer)
+        self._stopped: dict[int, RetNetState] = {}
+        self._state: RetNetState
+        self._sampler: Sampler
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all rows together."""
+        return self._state.nbytes + sum(state.nbytes for state in self._stopped.values())
+
+    def read(self, prompts: Sequence[str]) -> list[Piece]:
+        """Reads a prompt a row, long ones in segments, and makes every row active.
+
+        The first call starts the rows; a later one goes on with what they hold, also where a row
+        had stopped, and returns what was held back of their texts. Raises InputError for an empty
+        prompt and for a wrong number of prompts.
+        """
+        encoded = [self._encode(prompt) for prompt in prompts]
+        if not encoded:
+            raise InputError("there is no prompt; give at least one")
+        if self.rows and len(encoded) != len(self.rows):
+            raise InputError(f"{len(encoded)} prompts for {len(self.rows)} texts; give one a text")
+        held = self.held()
+        if self.rows:
+            state = self._all_states()
+            unread = [[] if row.last is None else [row.last] for row in self.rows]
+        else:
+            state = self.model.init_state(len(encoded))
+            self._sampler = self._new_sampler(len(encoded))
+            unread = [[self._end] for _ in encoded]
+        text = [[*before, *tokens] for before, tokens in zip(unread, encoded, strict=True)]
+        self._state = read_tokens(self.model, [tokens[:-1] for tokens in text], state)
+        self._stopped, self.active = {}, list(range(len(text)))
+        self.rows = [Row(TextStream(self.tokenizer, self.stop, t), t[-1]) for t in encoded]
+        for row, tokens in enumerate(encoded):
+            self._sampler.observe(row, tokens)
+        return held
+
+    @torch.inference_mode()
+    def step(self) -> list[Piece]:
+        """One more token for each active row: the text this makes certain, row by row.
+
+        A row's text may be empty (a character not yet whole, a stop string perhaps beginning).
+        """
+        last = torch.tensor(
+            [[self.rows[row].last] for row in self.active], device=self.model.device
+        )
+        hidden, state = self.model.hidden(last, self._state)
+        logits = self.model.head(hidden[:, -1])[:, : self.vocab_size]
+        tokens = self._sampler.draw(logits, self.active).tolist()
+        assert state is not None
+        self._state = state
+        pieces = [self._take(row, token) for row, token in zip(self.active, tokens, strict=True)]
+        if any(piece.finish for piece in pieces):
+            self._retire()
+        return pieces
+
+    def steps(self, max_new_tokens: int) -> Iterator[list[Piece]]:
+        """`step` until each row has stopped or has as many new tokens."""
+        for _ in range(max_new_tokens):
+            if not self.active:
+                return
+            yield self.step()
+
+    def held(self) -> list[Piece]:
+        """Text that waits for what follows: a stop string may be beginning there."""
+        return [Piece(i, row.stream.held) for i, row in enumerate(self.rows) if row.stream.held]
+
+    def save(self, path: str | Path) -> None:
+        """Everything that `load` needs to go on, in one safetensors file."""
+        rows = [
+            {"last": row.last, "finish": row.finish, "stream": row.stream.as_dict()}
+            for row in self.rows
+        ]
+        self._all_states().save(
+            path,
+            fingerprint=fingerprint(self.model),
+            extra={"sampling": dataclasses.asdict(self.sampling), "stop": self.stop, "rows": rows},
+            tensors=self._sampler.tensors(),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: LanguageModel,
+        tokenizer: "Tokenizer",
+        *,
+        sampling: dict[str, Any] | None = None,
+        stop: Sequence[str] | None = None,
+    ) -> Self:
+        """The session that was saved in `path`, its rows active unless their text has ended.
+
+        `sampling` overrides single options of those it was saved with; a new seed draws anew.
+        Raises InputError for a file of another model, and for one that is no session's.
+        """
+        state, extra, tensors = RetNetState.load(path, model=model)
+        if not {"sampling", "stop", "rows"} <= extra.keys():
+            raise InputError(
+                f"{path} holds a state but no text; give a file that --save-state wrote"
+            )
+        options = {**extra["sampling"], **(sampling or {})}
+        session = cls(
+            model, tokenizer, Sampling(**options), extra["stop"] if stop is None else stop
+        )
+        for saved in extra["rows"]:
+            stream = TextStream.from_dict(saved["stream"], tokenizer, session.stop)
+            session.rows.append(Row(stream, saved["last"], saved["finish"]))
+        session._sampler = session._new_sampler(len(session.rows))
+        session._sampler.restore(tensors, draws="seed" not in (sampling or {}))
+        session._state, session.active = state, list(range(len(session.rows)))
+        for row in session.rows:
+            row.finish = "end" if row.last is None else None
+        session._retire()
+        return session
+
+    def _encode(self, prompt: str) -> list[int]:
+        tokens = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        if not tokens:
+            raise InputError("a prompt is empty; give at least one character to go on from")
+        return tokens
+
+    def _new_sampler(self, rows: int) -> Sampler:
+        return Sampler(self.sampling, rows, self.vocab_size, self.model.device)
+
+    def _take(self, index: int, token: int) -> Piece:
+        row = self.rows[index]
+        if token == self._end:
+            row.last, row.finish = None, "end"
+            held, row.stream.held = row.stream.held, ""
+            return Piece(index, held, "end")
+        row.last = token
+        text = row.stream.push(token)
+        if row.stream.stopped:
+            row.finish = "stop"
+        return Piece(index, text, row.finish)
+
+    def _retire(self) -> None:
+        """Takes the rows that have stopped out of the batch; their states are kept."""
+        for place, row in enumerate(self.active):
+            if self.rows[row].finish:
+                self._stopped[row] = self._state.select([place])
+        going = [place for place, row in enumerate(self.active) if not self.rows[row].finish]
+        self._state = self._state.select(going)
+        self.active = [self.active[place] for place in going]
+
+    def _all_states(self) -> RetNetState:
+        """The states of all rows, in their order."""
+        if not self._stopped:
+            return self._state
+        order = [*self.active, *self._stopped]
+        together = concat([self._state, *self._stopped.values()])
+        return together.select([order.index(row) for row in range(len(self.rows))])
+
+
+@torch.inference_mode()
+def read_tokens(model: LanguageModel, rows: Sequence[list[int]], state: RetNetState) -> RetNetState:
+    """The state after each row has read its tokens: ragged rows, at most SEGMENT tokens at once."""
+    at = 0
+    while going := sum(len(tokens) > at for tokens in rows):
+        width = max(1, SEGMENT // going)
+        segments = [tokens[at : at + width] for tokens in rows]
+        longest = max(map(len, segments))
+        padded = [[*segment, *[0] * (longest - len(segment))] for segment in segments]
+        tokens = torch.tensor(padded, device=model.device)
+        lengths = torch.tensor([[len(segment)] for segment in segments], device=model.device)
+        real = torch.arange(longest, device=model.device) < lengths
+        layout = model.layout(tokens, state, real)
+        _, after = model.hidden(layout.unpad(tokens), state, layout=layout)
+        assert after is not None
+        state, at = after, at + width
+    return state

@@ -1,0 +1,237 @@
+"""A session against the whole text read anew, rows alone, and sessions that never stopped."""
+
+import pytest
+import torch
+
+from retentive.errors import InputError
+from retentive.inference import session as sessions
+from retentive.inference.sampling import Sampling
+from retentive.inference.session import Session
+from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.retnet import RetNet
+from retentive.models.transformer import Transformer
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = ["hello", "a prompt that is much longer than the others", "x"]
+END = 256
+
+
+@pytest.fixture(scope="module", params=["retnet", "transformer"])
+def model(request):
+    """Small, untrained, in float64 so that no rounding decides between two tokens."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}
+    if request.param == "retnet":
+        return RetNet(RetNetConfig(**sizes)).double().eval()
+    return Transformer(TransformerConfig(**sizes, num_kv_heads=2)).double().eval()
+
+
+def run(session, count):
+    """The texts that `count` steps add."""
+    texts = [""] * len(session.rows)
+    for pieces in session.steps(count):
+        for row, text, _ in pieces:
+            texts[row] += text
+    return texts
+
+
+def finished_run(session, count):
+    texts = run(session, count)
+    for row, text, _ in session.held():
+        texts[row] += text
+    return texts
+
+
+def test_greedy_is_the_likeliest_token_of_the_whole_text_read_anew(model, byte_level):
+    session = Session(model, byte_level, GREEDY)
+    session.read(PROMPTS)
+    texts = [[END, *prompt.encode()] for prompt in PROMPTS]
+    for _ in range(30):
+        session.step()
+        for text in texts:
+            logits, _ = model(torch.tensor([text]))
+            text.append(int(logits[0, -1, :257].argmax()))
+        assert [row.last for row in session.rows] == [text[-1] for text in texts]
+
+
+def test_a_row_is_the_same_alone_and_among_others(model, byte_level):
+    sampling = {"repetition_penalty": 1.2, "seed": 5}
+    together = Session(model, byte_level, Sampling(**sampling))
+    together.read(PROMPTS)
+    texts = finished_run(together, 40)
+    for row, prompt in enumerate(PROMPTS):
+        alone = Session(model, byte_level, Sampling(**{**sampling, "seed": 5 + row}))
+        alone.read([prompt])
+        assert finished_run(alone, 40) == [texts[row]]
+
+
+def test_long_prompts_are_read_in_segments(model, byte_level, monkeypatch):
+    whole = Session(model, byte_level, GREEDY)
+    whole.read(PROMPTS)
+    monkeypatch.setattr(sessions, "SEGMENT", 6)
+    longest = 0
+    hidden = model.hidden
+
+    def watched(tokens, *args, **kwargs):
+        nonlocal longest
+        longest = max(longest, tokens.numel())
+        return hidden(tokens, *args, **kwargs)
+
+    monkeypatch.setattr(model, "hidden", watched)
+    segments = Session(model, byte_level, GREEDY)
+    segments.read(PROMPTS)
+    assert longest <= 6
+    assert run(segments, 20) == run(whole, 20)
+
+
+def test_the_vocabulary_is_computed_for_the_last_token_only(model, byte_level, monkeypatch):
+    shapes = []
+    head = model.head
+    monkeypatch.setattr(model, "head", lambda h: (shapes.append(tuple(h.shape)), head(h))[1])
+    session = Session(model, byte_level, GREEDY)
+    session.read(PROMPTS)
+    session.step()
+    assert shapes == [(3, 32)]
+
+
+@pytest.mark.parametrize("split", [0, 1, 7, 29])
+def test_saved_and_loaded_it_goes_on_as_if_it_had_not_stopped(model, byte_level, tmp_path, split):
+    sampling = Sampling(temperature=1.5, top_p=0.9, repetition_penalty=1.3, seed=3)
+    stop = ["e", "\x05\x06"]
+    unsplit = Session(model, byte_level, sampling, stop)
+    unsplit.read(PROMPTS)
+    first = Session(model, byte_level, sampling, stop)
+    first.read(PROMPTS)
+    begun = run(first, split)
+    stopped = {row for row, _ in enumerate(PROMPTS) if row not in first.active}
+    first.save(tmp_path / "state")
+    second = Session.load(tmp_path / "state", model, byte_level)
+    whole, rest = run(unsplit, 30), run(second, 30 - split)
+    for row in {0, 1, 2} - stopped:
+        assert begun[row] + rest[row] == whole[row]
+        assert second.rows[row].last == unsplit.rows[row].last
+    assert {0, 1, 2} - stopped, "every text stopped before the split; the test tests nothing"
+
+
+def test_loaded_with_other_options(model, byte_level, tmp_path):
+    session = Session(model, byte_level, Sampling(seed=1, temperature=2.0), stop=["q"])
+    session.read(PROMPTS)
+    session.save(tmp_path / "state")
+
+    def loaded(**options):
+        return Session.load(tmp_path / "state", model, byte_level, **options)
+
+    assert loaded().sampling == session.sampling
+    assert loaded().stop == ("q",)
+    assert loaded(stop=["z"]).stop == ("z",)
+    assert loaded(sampling={"top_k": 4}).sampling == Sampling(seed=1, temperature=2.0, top_k=4)
+    texts = run(loaded(), 10)
+    assert run(loaded(sampling={"seed": 1}), 10) == texts
+    assert run(loaded(sampling={"seed": 2}), 10) != texts
+
+
+def test_a_prompt_added_later_is_part_of_the_text(model, byte_level):
+    split = Session(model, byte_level, GREEDY)
+    split.read(PROMPTS)
+    before = [byte_level.encode(prompt).ids for prompt in PROMPTS]
+    for _ in range(5):
+        split.step()
+        for text, row in zip(before, split.rows, strict=True):
+            text.append(row.last)
+    split.read(["one", "two and three", "4"])
+    for text, added in zip(before, ["one", "two and three", "4"], strict=True):
+        text.extend(added.encode())
+    split.step()
+    logits = [model(torch.tensor([[END, *text]]))[0][0, -1, :257] for text in before]
+    assert [row.last for row in split.rows] == [int(row.argmax()) for row in logits]
+
+
+def spelling(*words, width=258):
+    """A model without layers in which one token follows each: it spells the `words`."""
+    model = RetNet(
+        RetNetConfig(vocab_size=257, hidden_size=width, num_hidden_layers=1, num_heads=1)
+    )
+    model.layers = torch.nn.ModuleList()
+    with torch.no_grad():
+        model.embed_tokens.weight.copy_(torch.eye(257, width))
+        model.lm_head.weight.zero_()
+        for word in words:
+            tokens = [byte for byte in word.encode()]
+            for token, following in zip(tokens, [*tokens[1:], END], strict=True):
+                model.lm_head.weight[following, token] = 1
+    return model.eval()
+
+
+def test_each_row_stops_by_itself(byte_level):
+    model = spelling("abc", "0123456789", "x-y")
+    session = Session(model, byte_level, GREEDY, stop=["y"])
+    session.read(["a", "0", "x"])
+    steps = list(session.steps(8))
+    assert [len(pieces) for pieces in steps] == [3, 3, 2, 1, 1, 1, 1, 1]
+    assert "".join(p.text for pieces in steps for p in pieces if p.row == 1) == "12345678"
+    ends = [(p.row, p.text, p.finish) for pieces in steps for p in pieces if p.finish]
+    assert ends == [(2, "", "stop"), (0, "", "end")]
+    assert session.active == [1]
+
+
+def test_rows_that_stopped_are_saved_in_their_places(byte_level, tmp_path):
+    model = spelling("abc", "0123456789", "xyz!")
+    session = Session(model, byte_level, GREEDY, stop=["y"])
+    session.read(["a", "0", "x"])
+    assert run(session, 4) == ["bc", "1234", ""]
+    assert session.active == [1]
+    session.save(tmp_path / "state")
+    again = Session.load(tmp_path / "state", model, byte_level)
+    assert run(again, 4) == ["", "5678", "z!"]  # past a stop string, never past the end
+    again.read(["b", "8", "x"])  # but a prompt goes on with any text
+    assert run(again, 4) == ["c", "9", ""]
+
+
+def test_text_held_back_comes_before_a_prompt_that_follows(byte_level):
+    session = Session(spelling("abcd"), byte_level, GREEDY, stop=["bcx"])
+    session.read(["a"])
+    assert run(session, 2) == [""]
+    assert [(p.row, p.text) for p in session.read(["a"])] == [(0, "bc")]
+
+
+def test_no_character_is_cut(byte_level, tmp_path):
+    session = Session(spelling("-世界"), byte_level, GREEDY)
+    session.read(["-"])
+    texts = ["".join(p.text for p in pieces) for pieces in session.steps(5)]
+    assert texts == ["", "", "世", "", ""]
+    session.save(tmp_path / "state")
+    again = Session.load(tmp_path / "state", session.model, byte_level)
+    assert run(again, 5) == ["界"]
+
+
+def test_tokens_that_only_the_model_knows_are_never_drawn(byte_level):
+    model = RetNet(RetNetConfig(vocab_size=2000, hidden_size=16, num_hidden_layers=1, num_heads=1))
+    session = Session(model.eval(), byte_level, Sampling(temperature=5.0, top_p=1.0))
+    session.read(["a"] * 8)
+    for _ in range(10):
+        session.step()
+        assert all(session.rows[row].last < 257 for row in session.active)
+
+
+def test_bad_input(model, byte_level, tmp_path):
+    with pytest.raises(InputError, match="tokens"):
+        small = RetNet(RetNetConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_heads=1))
+        Session(small, byte_level)
+    with pytest.raises(InputError, match="stop string is empty"):
+        Session(model, byte_level, stop=["a", ""])
+    session = Session(model, byte_level)
+    with pytest.raises(InputError, match="no prompt"):
+        session.read([])
+    with pytest.raises(InputError, match="prompt is empty"):
+        session.read(["a", ""])
+    session.read(["a", "b"])
+    with pytest.raises(InputError, match="1 prompts for 2 texts"):
+        session.read(["a"])
+    session.save(tmp_path / "state")
+    torch.manual_seed(1)
+    other = type(model)(model.config).double()
+    with pytest.raises(InputError, match="another model"):
+        Session.load(tmp_path / "state", other, byte_level)
+    model.init_state(1).save(tmp_path / "bare", fingerprint=sessions.fingerprint(model))
+    with pytest.raises(InputError, match="no text"):
+        Session.load(tmp_path / "bare", model, byte_level)
