@@ -1,4 +1,7 @@
-"""Retentive Networks (arXiv 2307.08621): the op, the model and the tools around it. Names load when first used."""
+"""Retentive Networks (arXiv 2307.08621): the op, the model and the tools around it.
+
+Names load when they are first used; importing the package needs torch and nothing else.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -5,7 +5,12 @@ import torch
 from retentive.errors import InputError, nearest
 
 DEVICES = ("cpu", "cuda", "mps")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def available_devices() -> list[str]:
@@ -16,23 +21,35 @@ def available_devices() -> list[str]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """"cpu", "cuda", "cuda:1", "mps", or "auto" (the best of this machine). Raises InputError for any other or absent one."""
+    """A device by name: cpu, cuda, cuda:1, mps, or auto for the best of this machine.
+
+    Raises InputError for a name that is unknown or a device that is not there.
+    """
     present = available_devices()
     if name == "auto":
         return torch.device(present[0])
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and not index.isdigit()):
-        raise InputError(f"unknown device {name!r}{nearest(name, DEVICES)}; choose auto or one of {', '.join(DEVICES)}")
+        raise InputError(
+            f"unknown device {name!r}{nearest(name, DEVICES)}; "
+            f"choose auto or one of {', '.join(DEVICES)}"
+        )
     if kind not in present:
         reason = "torch sees no usable GPU" if kind == "cuda" else "it needs a Mac with Metal"
-        raise InputError(f"device {name!r} is not available here: {reason}; this machine has {', '.join(present)}")
+        raise InputError(
+            f"device {name!r} is not available: {reason}; this machine has {', '.join(present)}"
+        )
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise InputError(f"device {name!r} does not exist; this machine has {torch.cuda.device_count()} CUDA device(s)")
+        raise InputError(
+            f"device {name!r} does not exist; this machine has {torch.cuda.device_count()} GPUs"
+        )
     return torch.device(name)
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """"float32", "bfloat16", "float16" or "float64" as a torch dtype."""
+    """A dtype by name: float32, bfloat16, float16 or float64."""
     if name not in DTYPES:
-        raise InputError(f"unknown dtype {name!r}{nearest(name, DTYPES)}; choose one of {', '.join(DTYPES)}")
+        raise InputError(
+            f"unknown dtype {name!r}{nearest(name, DTYPES)}; choose one of {', '.join(DTYPES)}"
+        )
     return DTYPES[name]

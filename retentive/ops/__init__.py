@@ -1,6 +1,7 @@
-"""Retention as a function of tensors: arguments are checked here, form and backend chosen, the work done elsewhere.
+"""Retention as a function of tensors: arguments are checked here, form and backend are chosen.
 
-Legend, here and everywhere: B batch rows, T tokens, N sequences, H heads, K query/key head dim, V value head dim, C chunk.
+Legend, here and everywhere: B batch rows, T tokens, N sequences, H heads, K query/key head dim,
+V value head dim, D model width, C chunk.
 """
 
 import torch
@@ -30,28 +31,30 @@ def retention(
     backend: str = "auto",
     output_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """o_n = Σ_{m≤n} γ^(n-m) (q_n·k_m) v_m + γ^(n+1) q_n S_0 and the state after the last token (paper §2.1-2.3).
+    """o_n = Σ_{m≤n} γ^(n-m) (q_n·k_m) v_m + γ^(n+1) q_n S_0, and the last state (paper §2.1-2.3).
 
-    No rotation, no scale and no norm: q and k come rotated, k (or q) comes scaled. Every form gives the same result.
+    No rotation, no scale, no norm: q and k come rotated, k (or q) comes scaled. Every form gives
+    the same result.
 
     Args:
-        q, k: `[B,T,H,K]`, v: `[B,T,H,V]`; float64, float32, bfloat16 or float16, all three the same.
-        log_decay: `[H]`, natural log of each head's γ, ≤ 0; 0 is no decay. A constant: it gets no gradient.
-        state: `[N,H,K,V]`, S_0 of each sequence; float32 (float64 for float64 inputs). None is zeros. N is B without
-            cu_seqlens.
-        cu_seqlens: int32 or int64 `[N+1]`, from 0 up to T, for N sequences packed in one row (B = 1). An empty sequence
-            hands its state on. A tensor on the CPU saves a device synchronisation.
+        q, k, v: `[B,T,H,K]` twice and `[B,T,H,V]`, in one dtype of DTYPES.
+        log_decay: `[H]`, natural log of each head's γ, ≤ 0; 0 is no decay. It gets no gradient.
+        state: `[N,H,K,V]`, S_0 of each sequence, in float32 (float64 for float64 inputs). None is
+            zeros. N is B without cu_seqlens.
+        cu_seqlens: int32 or int64 `[N+1]`, rising from 0 to T, for N sequences packed in one row
+            (B = 1). An empty sequence hands its state on. A CPU tensor saves a device stall.
         form: "parallel" (O(T²)), "recurrent" (token by token), "chunkwise" (O(T)), or "auto".
         chunk_size: C of the chunkwise form; by default chosen from H, K, V and T.
-        backend: an implementation by name (see BACKENDS), or "auto". What is asked for by name is done or refused.
+        backend: an implementation by name (see BACKENDS), or "auto".
         output_state: whether to return the final state.
 
     Returns:
-        o `[B,T,H,V]` in the dtype of v, and the final state `[N,H,K,V]` in float32 (float64), or None if not asked for.
+        o `[B,T,H,V]` in v's dtype and the final state `[N,H,K,V]`, or None if not asked for.
         Gradients reach q, k, v and state, from o and from the final state.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit together, an unknown form or backend, one that cannot do it.
+        InputError: shapes, dtypes or devices that do not fit together; a form or backend that is
+            unknown or cannot do this. What is asked for by name is done or refused.
     """
     _check_tokens(q, k, v, log_decay)
     if cu_seqlens is not None:
@@ -74,12 +77,12 @@ def retention_step(
     active: Tensor | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrent form for a few tokens of each row: S_n = γ S_{n-1} + k_nᵀ v_n, o_n = q_n S_n (paper §2.2).
+    """The recurrent form for a few tokens of each row: S_n = γ S_{n-1} + k_nᵀ v_n, o_n = q_n S_n.
 
     Args:
-        q, k: `[B,T,H,K]`, v: `[B,T,H,V]`, log_decay: `[H]`, state: `[B,H,K,V]`, as in `retention`.
-        active: bool `[B]`; the state of an inactive row neither decays nor advances, and its o is zero. None is all.
-        inplace: write the new state over `state` (then it must not require a gradient) instead of into a new tensor.
+        q, k, v, log_decay, state: as in `retention`; state `[B,H,K,V]`.
+        active: bool `[B]`; an inactive row neither decays nor advances, and its o is zero.
+        inplace: write the new state over `state`, which then must not require a gradient.
 
     Returns:
         o `[B,T,H,V]` in the dtype of v and the state `[B,H,K,V]` after the last token.
@@ -91,7 +94,7 @@ def retention_step(
     state = _initial_state(state, q, v, q.shape[0])
     if active is not None and (active.dtype != torch.bool or active.shape != (q.shape[0],)):
         raise InputError(
-            f"active must be bool [B] = [{q.shape[0]}], got {_describe(active)}; one entry for each batch row"
+            f"active must be bool [B] = [{q.shape[0]}], one a row, got {_describe(active)}"
         )
     if inplace and state.requires_grad:
         raise InputError(
@@ -107,7 +110,8 @@ def _describe(x: Tensor) -> str:
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
     if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise InputError(
-            f"q and k must be [B,T,H,K] and v [B,T,H,V], got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+            "q and k must be [B,T,H,K] and v [B,T,H,V], "
+            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if 0 in q.shape or 0 in v.shape:
         raise InputError(
@@ -120,7 +124,8 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
         )
     if not q.device == k.device == v.device == log_decay.device:
         raise InputError(
-            f"q, k, v and log_decay must be on one device, got {q.device}, {k.device}, {v.device}, {log_decay.device}"
+            "q, k, v and log_decay must be on one device, "
+            f"got {q.device}, {k.device}, {v.device}, {log_decay.device}"
         )
     _check_log_decay(log_decay, q.shape[2])
 
@@ -139,9 +144,10 @@ def _check_log_decay(log_decay: Tensor, heads: int) -> None:
             "log_decay gets no gradient: the decay of retention is fixed; pass log_decay.detach()"
         )
     # Reading a value would break a graph, and on an accelerator stall it.
-    if log_decay.device.type == "cpu" and not torch.compiler.is_compiling() and log_decay.max() > 0:
+    readable = log_decay.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and log_decay.max() > 0:
         raise InputError(
-            f"log_decay must be ≤ 0, got {log_decay.max().item():g}; it is the natural log of γ, 0 < γ ≤ 1"
+            f"log_decay must be ≤ 0, got {log_decay.max().item():g}; it is the natural log of γ ≤ 1"
         )
 
 
@@ -165,8 +171,8 @@ def _initial_state(state: Tensor | None, q: Tensor, v: Tensor, sequences: int) -
         return q.new_zeros(shape, dtype=dtype)
     if state.shape != shape or state.dtype != dtype or state.device != q.device:
         raise InputError(
-            f"state must be {str(dtype).removeprefix('torch.')} [N,H,K,V] = {list(shape)} on {q.device}, "
-            f"got {_describe(state)} on {state.device}"
+            f"state must be {str(dtype).removeprefix('torch.')} [N,H,K,V] = {list(shape)} "
+            f"on {q.device}, got {_describe(state)} on {state.device}"
         )
     return state
 

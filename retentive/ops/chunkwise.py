@@ -1,18 +1,21 @@
-"""Chunkwise retention with its own backward: the production path on any device, in plain torch (paper §2.3).
+"""Chunkwise retention with its own backward, in plain torch: the production path on any device.
 
-Within a chunk of C tokens the parallel form, from chunk to chunk the state. Heads are the batch of every matrix product and
-chunks are walked one after the other, so that a chunk and the state stay in the cache; the parallel form is the same walk
-with one chunk. The backward keeps q, k, v and the initial state, nothing of size T×C: scores are computed again.
+Within a chunk of C tokens the parallel form, from chunk to chunk the state (paper §2.3). Heads are
+the batch of every matrix product and chunks are walked one after the other, so that a chunk and the
+state stay in the cache; the parallel form is the same walk with one chunk. The backward keeps q, k,
+v and the initial state, nothing of size T×C: scores are computed again.
 
-With S_i the state after chunk i, D_nm = γ^(n-m), ξ_n = γ^(n+1), ζ_n = γ^(C-1-n) and G the gradient of S_i:
+With S_i the state after chunk i, G its gradient, n and m rows of a chunk, and the powers of γ
+D_nm = γ^(n-m) for n ≥ m, ξ_n = γ^(n+1), ζ_n = γ^(C-1-n):
 
     O_i  = (Q Kᵀ ⊙ D) V + ξ ⊙ (Q S_{i-1})          S_i     = γ^C S_{i-1} + (ζ ⊙ K)ᵀ V
     dQ   = (dO Vᵀ ⊙ D) K + ξ ⊙ (dO S_{i-1}ᵀ)
     dK   = (dO Vᵀ ⊙ D)ᵀ Q + ζ ⊙ (V Gᵀ)             dS_{i-1} = γ^C G + (ξ ⊙ Q)ᵀ dO
     dV   = (Q Kᵀ ⊙ D)ᵀ dO + ζ ⊙ (K G)
 
-S runs forwards and G backwards, so the backward is two walks: one with S, for the state's part of dQ, and one with G for
-all the rest. Products are formed in float32 (float64 for float64 inputs) whatever the dtype of q, k and v.
+S runs forwards and G backwards, so the backward is two walks: one with S, for the state's part of
+dQ, and one with G for all the rest. Products are formed in float32 (float64 for float64 inputs)
+whatever the dtype of q, k and v.
 """
 
 import math
@@ -28,8 +31,9 @@ from retentive.ops.packing import sequence_bounds
 def default_chunk_size(q: Tensor, v: Tensor) -> int:
     """The chunk size for q `[B,T,H,K]` and v `[B,T,H,V]`; a short sequence is one chunk.
 
-    Work inside a chunk grows with C, the cost of launching its operators falls with it. Per token, in FLOPs, the first is
-    2C(K+V) for each of B·H heads and the second about 6e6/C (60 µs at 100 GFLOP/s): the best C is the root of their ratio.
+    Work inside a chunk grows with C, the cost of launching its operators falls with it. Per token,
+    in FLOPs, the first is 2C(K+V) for each of B·H heads, the second about 6e6/C (60 µs at
+    100 GFLOP/s): the best C is the root of their ratio.
     """
     batch, length, heads, _ = q.shape
     best = math.sqrt(6e6 / (2 * batch * heads * (q.shape[3] + v.shape[3])))
@@ -38,7 +42,7 @@ def default_chunk_size(q: Tensor, v: Tensor) -> int:
 
 
 class _Decay(NamedTuple):
-    """Powers of γ inside a chunk of C tokens. Every exponent is ≥ 0: nothing overflows, whatever γ."""
+    """Powers of γ inside a chunk of C tokens. No exponent is negative, so nothing overflows."""
 
     within: Tensor  # D    [H, C, C]
     since_start: Tensor  # ξ    [H, C, 1]
@@ -67,7 +71,7 @@ class _Decay(NamedTuple):
 
 
 def _walks(cu_seqlens: Tensor | None, length: int) -> list[tuple[slice, slice, slice]]:
-    """For each independent walk: its batch rows, its tokens, and the rows of the state that belong to it."""
+    """For each independent walk its batch rows, its tokens and its rows of the state."""
     if cu_seqlens is None:
         return [(slice(None), slice(0, length), slice(None))]
     bounds = sequence_bounds(cu_seqlens, length)
@@ -84,7 +88,7 @@ def _chunks(x: Tensor, rows: slice, tokens: slice, chunk_size: int) -> tuple[Ten
 
 
 def _flat(chunk: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[R,H,C,X]` -> `[R*H,C,X]` in the dtype of the products: the batch of a matrix product. A view where R is 1."""
+    """`[R,H,C,X]` -> `[R*H,C,X]`, the operand of a batched product; a view where R is 1."""
     return chunk.flatten(0, 1).to(dtype)
 
 
@@ -120,7 +124,7 @@ def chunkwise(
     cu_seqlens: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """o `[B,T,H,V]` in v's dtype and the final state `[N,H,K,V]`; log_decay and state in float32 or float64."""
+    """o `[B,T,H,V]` in v's dtype and the final state; arguments as in `retentive.ops.retention`."""
     dtype = _compute_dtype(q)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = state.clone(memory_format=torch.contiguous_format)

@@ -1,6 +1,6 @@
-"""The decays γ of multi-scale retention and the row scale: the only place where either is computed.
+"""The decays γ of multi-scale retention and the row scale: the one place that computes either.
 
-Everything is in natural-log space and float64; callers cast. Paper §2.2 (`power`) and §3.1 (`linspace`).
+Everything is in natural-log space and float64; callers cast.
 """
 
 import math
@@ -17,9 +17,10 @@ RULES = ("power", "linspace")
 def log_decay(num_heads: int, rule: str | Sequence[float] = "power") -> Tensor:
     """log γ of each head, float64 `[H]`.
 
-    `rule` is "power" (γ = 1 - 2^(-5-h), paper §2.2), "linspace" (γ = 1 - exp(linspace(log 1/32, log 1/512, H)), paper
-    §3.1), or the H values of log γ themselves (each ≤ 0; 0 is no decay). Exact for any H: γ itself is never formed.
-    Always on the CPU, also where the default device is another: models are built on the meta device.
+    `rule` is "power" (γ = 1 - 2^(-5-h), paper §2.2), "linspace" (paper §3.1:
+    γ = 1 - exp(linspace(log 1/32, log 1/512, H))), or the H values of log γ themselves, each ≤ 0
+    (0 is no decay). Exact for any H: γ itself is never formed.
+    Always on the CPU, whatever the default device: models are built on the meta device.
     """
     if rule == "power":
         return torch.log1p(
@@ -32,7 +33,8 @@ def log_decay(num_heads: int, rule: str | Sequence[float] = "power") -> Tensor:
         return torch.log1p(-torch.exp(exponents))
     if isinstance(rule, str):
         raise InputError(
-            f"unknown decay rule {rule!r}{nearest(rule, RULES)}; choose {', '.join(RULES)} or a list of log decays"
+            f"unknown decay rule {rule!r}{nearest(rule, RULES)}; "
+            f"choose {', '.join(RULES)} or a list of log decays"
         )
     values = torch.tensor(list(rule), dtype=torch.float64, device="cpu")
     if values.shape != (num_heads,):
@@ -47,9 +49,10 @@ def log_decay(num_heads: int, rule: str | Sequence[float] = "power") -> Tensor:
 
 
 def row_scale(log_decay: Tensor, positions: Tensor) -> Tensor:
-    """1/√(Σ_{i≤n} γ^i) for every position n, float64 `[..., H]` for integer `positions [...]` (paper §2.1, second of three).
+    """1/√(Σ_{i≤n} γ^i) at integer positions n `[...]`, float64 `[...,H]` (paper §2.1).
 
-    The sum is (γ^(n+1) - 1)/(γ - 1), written with expm1 so that γ near 1 keeps its digits; at γ = 1 it is n + 1.
+    The sum is (γ^(n+1) - 1)/(γ - 1), written with expm1 so that γ near 1 keeps its digits; at γ = 1
+    it is n + 1.
     """
     rate = log_decay.to(torch.float64)
     count = (positions + 1).to(torch.float64).unsqueeze(-1)
@@ -60,5 +63,5 @@ def row_scale(log_decay: Tensor, positions: Tensor) -> Tensor:
 
 
 def half_life(log_decay: Tensor) -> Tensor:
-    """Tokens after which a head's memory has fallen to one half, float64 `[H]`; infinite where γ = 1."""
-    return math.log(0.5) / log_decay.to(torch.float64)
+    """Tokens after which a head's memory has halved, float64 `[H]`; infinite where γ = 1."""
+    return math.log(2) / log_decay.to(torch.float64).abs()

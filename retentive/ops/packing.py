@@ -1,4 +1,4 @@
-"""Sequences packed one after the other in one row: their bounds, and any form of retention applied to each."""
+"""Sequences packed one after the other in one row: their bounds, and any form run on each."""
 
 from collections.abc import Callable
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""The recurrent form in plain torch operators: a few tokens of each row at a time, as decoding needs it (paper §2.2)."""
+"""The recurrent form in plain torch: a few tokens of each row, as decoding needs it (§2.2)."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def step(
     active: Tensor | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """S_n = γ S_{n-1} + k_nᵀ v_n, o_n = q_n S_n over the tokens given; see `retentive.ops.retention_step`."""
+    """S_n = γ S_{n-1} + k_nᵀ v_n, o_n = q_n S_n; see `retentive.ops.retention_step`."""
     dtype = v.dtype
     gamma = torch.exp(log_decay)[:, None, None]
     q, k, v = (x.to(state.dtype) for x in (q, k, v))

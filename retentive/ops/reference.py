@@ -1,7 +1,8 @@
-"""Retention in its three forms, as the paper writes them (§2.1-2.3). Slow and plain on purpose: the oracle of every test.
+"""Retention in its three forms, as the paper writes them (§2.1-2.3): the oracle of every test.
 
-Shapes: q, k `[B,T,H,K]`, v `[B,T,H,V]`, log_decay `[H]`, state `[B,H,K,V]`; returns o `[B,T,H,V]` and the final state.
-All three compute o_n = Σ_{m≤n} γ^(n-m) (q_n·k_m) v_m + γ^(n+1) q_n S_0, with S_0 the state before the first token.
+Slow and plain on purpose. q, k `[B,T,H,K]`, v `[B,T,H,V]`, log_decay `[H]`, state `[B,H,K,V]` give
+o `[B,T,H,V]` and the final state. All three compute, with S_0 the state before the first token,
+o_n = Σ_{m≤n} γ^(n-m) (q_n·k_m) v_m + γ^(n+1) q_n S_0.
 """
 
 import torch
@@ -40,7 +41,7 @@ def recurrent(
 def chunkwise(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The parallel form within a chunk, the recurrent form from chunk to chunk; a shorter last chunk is not padded."""
+    """The parallel form within a chunk, the recurrent form from chunk to chunk; no padding."""
     chunks = zip(*(x.split(chunk_size, dim=1) for x in (q, k, v)), strict=True)
     outputs = []
     for q_chunk, k_chunk, v_chunk in chunks:
