@@ -1,0 +1,297 @@
+"""A run is one TOML file: the tables [model], [data], [optimizer] and [train].
+
+A command line such as `--optimizer.lr 1e-3` is a later line of the same file, so both meet the same
+checks: an unknown key or a wrong type is named with its table and the nearest key there is.
+"""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from retentive.data.dataset import DataConfig
+from retentive.errors import InputError, nearest
+from retentive.models.config import RetNetConfig, TransformerConfig
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """[model]: a named size, fields of RetNetConfig that differ from it, or all the fields without
+    a size.
+
+    `kind = "transformer"` takes the Transformer baseline of the same width, depth and parameter
+    count.
+    """
+
+    kind: Literal["retnet", "transformer"] = "retnet"
+    size: str | None = None
+    num_kv_heads: int | None = None
+    """Transformer only: key-value heads (grouped-query attention); as many as query heads by
+    default.
+    """
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.kind == "retnet" and self.num_kv_heads is not None:
+            raise InputError('model.num_kv_heads belongs to kind = "transformer"; leave it out')
+        required = {
+            f.name for f in dataclasses.fields(RetNetConfig) if f.default is dataclasses.MISSING
+        } - {"vocab_size"}
+        if self.size is None and (missing := sorted(required - set(self.fields))):
+            raise InputError(f"model has neither a size nor {', '.join(missing)}; give one of both")
+
+    def build(self, vocab_size: int) -> RetNetConfig | TransformerConfig:
+        """The model's config. `vocab_size` is the tokenizer's, for a table that names none."""
+        fields = {"vocab_size": vocab_size, **self.fields}
+        if fields["vocab_size"] < vocab_size:
+            raise InputError(
+                f"model.vocab_size is {fields['vocab_size']}, but the tokenizer has {vocab_size} "
+                "entries; leave it out to take the tokenizer's"
+            )
+        if self.size is None:
+            retnet = RetNetConfig(**fields)
+        else:
+            retnet = RetNetConfig.named(self.size, **fields)
+        if self.kind == "retnet":
+            return retnet
+        return TransformerConfig.matching(retnet, num_kv_heads=self.num_kv_heads)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """[optimizer]: AdamW; the defaults are the paper's (learning rate: of its 200M and 1.3B
+    models).
+    """
+
+    lr: float = 6e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    """Of matrices; norms and biases do not decay."""
+    warmup: int = 375
+    """Updates over which the rate grows linearly."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_lr: float = 0.0
+    """Where the schedule ends, as a fraction of lr."""
+    clip: float = 2.0
+    """Largest norm of the gradient; larger ones are scaled down to it."""
+
+    def __post_init__(self):
+        _at_least("optimizer.warmup", self.warmup, 0)
+        for key in ("lr", "eps", "clip"):
+            if not getattr(self, key) > 0:
+                raise InputError(f"optimizer.{key} is {getattr(self, key)}; it must be above 0")
+        for key in ("weight_decay", "final_lr"):
+            _at_least(f"optimizer.{key}", getattr(self, key), 0)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(
+                f"optimizer.betas is {self.betas}; both must be at least 0 and below 1"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """[train]: how much, how it is cut, where it runs, and what it reports."""
+
+    steps: int = 1000
+    """Updates of the weights."""
+    batch_size: int = 8
+    """Rows of one update."""
+    micro_batch: int | None = None
+    """Rows that pass through the model at once: fewer save memory and change nothing else. Default:
+    all of them.
+    """
+    seq_len: int = 512
+    """Tokens of a row."""
+    carry_state: bool = False
+    """Truncated BPTT: rows continue their documents, and the state, from step to step."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: str = "auto"
+    """Of the arithmetic; weights stay float32 (float64 excepted). auto is bfloat16 on CUDA, else
+    float32.
+    """
+    compile: bool = False
+    """torch.compile for every layer."""
+    checkpoint_layers: bool = False
+    """Activation checkpointing: computes each layer twice to keep one layer's activations at a
+    time.
+    """
+    save_every: int = 500
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones."""
+    valid_every: int = 500
+    """Steps between validations; 0: only at the end."""
+    valid_tokens: int = 65536
+    """Tokens of a validation during the run; the one at the end reads everything."""
+    sample_every: int = 500
+    """Steps between samples of text; 0: none."""
+    sample_prompt: str = "def "
+    sample_tokens: int = 80
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl."""
+
+    def __post_init__(self):
+        for key in ("steps", "batch_size", "seq_len", "keep", "valid_tokens", "sample_tokens"):
+            _at_least(f"train.{key}", getattr(self, key), 1)
+        for key in ("seed", "save_every", "valid_every", "sample_every"):
+            _at_least(f"train.{key}", getattr(self, key), 0)
+        if self.micro_batch is not None:
+            _at_least("train.micro_batch", self.micro_batch, 1)
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise InputError(f"{key} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that makes a run: the same RunConfig gives the same weights on a machine."""
+
+    model: ModelOptions
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        self.model.build(vocab_size=1)  # a mistake in [model] shows before the corpus is read
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> "RunConfig":
+        """The inverse of `to_table`; keys that are left out take their defaults."""
+        for section, given in table.items():
+            _options(section)
+            if not isinstance(given, Mapping):
+                raise InputError(f"{section} is {given!r}; it must be a table, [{section}]")
+            for name, value in given.items():
+                key = f"{section}.{name}"
+                _check_type(key, option(key).type, value)
+        sections = {s: _tuples(given) for s, given in table.items()}
+        sections["model"] = _nest_model_fields(sections.get("model", {}))
+        return cls(**{s: _SECTIONS[s](**given) for s, given in sections.items()})
+
+    def to_table(self) -> Table:
+        """The nested dict of a TOML (or JSON) file that `from_table` reads back."""
+        table = dataclasses.asdict(self)
+        table["model"] |= table["model"].pop("fields")
+        return {s: {k: v for k, v in t.items() if v is not None} for s, t in table.items()}
+
+
+_SECTIONS: dict[str, Any] = {
+    "model": ModelOptions,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+}
+
+
+def load_config(
+    path: str | Path, overrides: Mapping[str, Sequence[str]] | None = None
+) -> RunConfig:
+    """Reads a run's TOML file. `overrides`: the words given on the command line, by dotted key.
+
+    Raises InputError for a file that is missing or no TOML, and for every bad key or value.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no such config file: {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; give the TOML file of a run") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+    for key, words in (overrides or {}).items():
+        section, name = key.split(".", 1)
+        value = _from_words(key, option(key).type, words)
+        table.setdefault(section, {})[name] = value
+    return RunConfig.from_table(table)
+
+
+class Option(NamedTuple):
+    """What a key takes, and what it is where nobody gives it."""
+
+    type: Any
+    default: Any
+
+
+def option(key: str) -> Option:
+    """A dotted key such as "optimizer.lr". InputError, with the nearest key, for an unknown one."""
+    section, name = key.split(".", 1)
+    known = _options(section)
+    if name not in known:
+        elsewhere = [other for other in options() if other.endswith(f".{name}")]
+        near = nearest(elsewhere[0] if elsewhere else key, options())
+        raise InputError(f"unknown key {key!r}{near}; [{section}] has {', '.join(known)}")
+    return known[name]
+
+
+def options() -> dict[str, Option]:
+    """All dotted keys."""
+    return {
+        f"{section}.{name}": o for section in _SECTIONS for name, o in _options(section).items()
+    }
+
+
+def _options(section: str) -> dict[str, Option]:
+    """The keys of a table; those of [model] are RetNetConfig's as well."""
+    if section not in _SECTIONS:
+        near = nearest(section, _SECTIONS)
+        raise InputError(f"unknown table {section!r}{near}; there are {', '.join(_SECTIONS)}")
+    found = {}
+    for cls in (ModelOptions, RetNetConfig) if section == "model" else (_SECTIONS[section],):
+        hints = get_type_hints(cls)
+        found |= {f.name: Option(hints[f.name], f.default) for f in dataclasses.fields(cls)}
+    found.pop("fields", None)
+    return found
+
+
+_SHOULD_BE = "Input should be "  # how pydantic begins most of its messages
+
+
+def _check_type(key: str, hint: Any, value: Any) -> None:
+    # As JSON, where a strict check takes a list for a tuple, as TOML means it, but no "3" for a 3.
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        said = [each["msg"] for each in error.errors() if each["msg"].startswith(_SHOULD_BE)]
+        wanted = " or ".join(each.removeprefix(_SHOULD_BE) for each in said) or f"a {hint}"
+        raise InputError(f"{key} is {value!r}; it must be {wanted}") from None
+
+
+def _from_words(key: str, hint: Any, words: Sequence[str]) -> Any:
+    """Command-line words as a value of type `hint`: read as TOML where that fits, else as plain
+    text.
+    """
+    if get_origin(hint) is tuple and not (len(words) == 1 and words[0].startswith("[")):
+        elements = get_args(hint)
+        return [_from_words(key, elements[0], [word]) for word in words]
+    if not words and hint is not bool:
+        raise InputError(f"--{key} needs a value")
+    (text,) = words or ["true"]
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+        _check_type(key, hint, value)
+        return value
+    except (tomllib.TOMLDecodeError, InputError):
+        return text
+
+
+def _tuples(given: Mapping[str, Any]) -> Table:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def _nest_model_fields(given: Table) -> Table:
+    own = {f.name for f in dataclasses.fields(ModelOptions)}
+    return {k: v for k, v in given.items() if k in own} | {
+        "fields": {k: v for k, v in given.items() if k not in own}
+    }

@@ -1,0 +1,213 @@
+"""A run from its first step, or from its last checkpoint, to its end."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retentive.data.dataset import Corpus, prepare
+from retentive.data.tokenizer import save_tokenizer
+from retentive.errors import InputError
+from retentive.inference.generate import generate
+from retentive.models.counts import flops_per_token
+from retentive.models.files import write_text
+from retentive.train.checkpoints import RunFolder
+from retentive.train.config import RunConfig
+from retentive.train.interrupt import stop_requests
+from retentive.train.metrics import MetricsLog, measure_gemm_rate, plot_curve, read_metrics
+from retentive.train.progress import Display
+from retentive.train.trainer import Trainer, autocast
+from retentive.train.validate import validate
+
+RECORD = "run.json"
+# They decide which tokens a step sees: a resumed run keeps them, as it keeps its model and corpus.
+ORDER_KEYS = ("seed", "batch_size", "seq_len", "carry_state")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a run stands. The losses are of its last validation: over all held-out text once the
+    run is finished.
+    """
+
+    folder: Path
+    step: int
+    steps: int
+    valid_loss: float | None
+    """Nats a token."""
+    bits_per_byte: float | None
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+
+def train(
+    config: RunConfig, folder: str | Path, *, resume: bool = False, quiet: bool = False
+) -> Result:
+    """Trains a model into `folder`, which is a model folder then; with `resume`, from the last
+    checkpoint in it.
+
+    SIGINT and SIGTERM end it after the step they fall in, saved. Progress goes to stderr unless
+    `quiet`.
+
+    Raises InputError for a folder that exists (or, with `resume`, does not), a model or corpus that
+    is not the one resumed, a loss that is not finite, a disk that cannot be written, and all that
+    the model and the data refuse.
+    """
+    run_folder = RunFolder.open(Path(folder), resume=resume)
+    corpus = prepare(config.data)
+    run = Run(config, run_folder, corpus)
+    if run.step < config.train.steps:
+        run.go(quiet)
+    validations = [r for r in read_metrics(run.log.path) if "valid_loss" in r]
+    last = validations[-1] if validations else {}
+    return Result(
+        folder=run_folder.path,
+        step=run.step,
+        steps=config.train.steps,
+        valid_loss=last.get("valid_loss"),
+        bits_per_byte=last.get("bits_per_byte"),
+    )
+
+
+class Run:
+    """A trainer, the folder it is saved in, and what is reported on the way."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, corpus: Corpus):
+        self.config, self.folder, self.corpus = config, folder, corpus
+        self.model_config = config.model.build(corpus.vocab_size)
+        checkpoint = folder.newest()
+        before = (
+            json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+            if checkpoint
+            else {"step": 0, "seconds": 0.0}
+        )
+        if checkpoint:
+            _check_unchanged(folder.path, before, self.description())
+            folder.publish(checkpoint)  # a kill may have come between the checkpoint and this
+        self.trainer = Trainer(config, corpus, checkpoint)
+        self.trainer.step = before["step"]
+        self.seconds: float = before["seconds"]
+        with folder.writes(folder.path):
+            self.log = MetricsLog(folder.path, before["step"], config.train.tensorboard)
+
+    @property
+    def step(self) -> int:
+        return self.trainer.step
+
+    def description(self) -> dict[str, Any]:
+        """What the run is: its config, the model with every size resolved, and the corpus by its
+        content.
+        """
+        return {
+            "config": self.config.to_table(),
+            "model": self.model_config.to_dict(),
+            "corpus": self.corpus.hash,
+        }
+
+    def go(self, quiet: bool) -> None:
+        """Updates, reports and saves up to the last step, or up to the one in which a stop is asked
+        for.
+        """
+        train = self.config.train
+        gemm_rate = measure_gemm_rate(self.trainer.device, self.trainer.dtype)
+        flops = 3 * flops_per_token(self.model_config, (train.seq_len + 1) / 2)
+        began = time.perf_counter() - self.seconds
+        with (
+            stop_requests() as stop,
+            Display(self.step, train.steps, flops / gemm_rate, quiet) as display,
+        ):
+            while True:
+                start = time.perf_counter()
+                update = self.trainer.update()
+                now = time.perf_counter()
+                self.seconds = now - began
+                speed = update["tokens"] / (now - start)
+                display.update(self.step, update["loss"], speed)
+                self._record(
+                    **update,
+                    tokens_per_second=round(speed, 1),
+                    gemm_fraction=round(speed * flops / gemm_rate, 4),
+                    seconds=round(self.seconds, 2),
+                )
+                if self.corpus.valid.num_tokens and self._due(train.valid_every):
+                    self._validate(display)
+                if self._due(train.sample_every):
+                    self._sample(display)
+                stopping = stop.made
+                if stopping or self._due(train.save_every):
+                    self._save()
+                if stopping or self.step == train.steps:
+                    break
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+
+    def _record(self, **values: Any) -> None:
+        with self.folder.writes(self.log.path):
+            self.log.write(self.step, **values)
+
+    def _validate(self, display: Display) -> None:
+        """During the run on the same few tokens each time, at its end on all of them."""
+        train = self.config.train
+        loss, bits = validate(
+            self.trainer.model,
+            self.corpus,
+            batch_size=train.batch_size,
+            seq_len=train.seq_len,
+            dtype=self.trainer.dtype,
+            max_tokens=None if self.step == train.steps else train.valid_tokens,
+        )
+        self._record(valid_loss=loss, bits_per_byte=bits)
+        display.say(
+            f"step {self.step}: validation loss {loss:.4f} nats a token, {bits:.4f} bits per byte"
+        )
+        curve = self.folder.path / "loss.png"
+        with self.folder.writes(curve):
+            plot_curve(read_metrics(self.log.path), curve)
+
+    def _sample(self, display: Display) -> None:
+        train = self.config.train
+        with autocast(self.trainer.device, self.trainer.dtype):
+            text = generate(
+                self.trainer.model,
+                self.corpus.tokenizer,
+                train.sample_prompt,
+                max_new_tokens=train.sample_tokens,
+            )
+        self._record(sample=train.sample_prompt + text)
+        display.say(f"step {self.step}, a sample:\n{train.sample_prompt}{text}")
+
+    def _save(self) -> None:
+        with self.folder.writing(self.step, self.config.train.keep) as checkpoint:
+            self.trainer.save(checkpoint)
+            save_tokenizer(self.corpus.tokenizer, checkpoint)
+            progress = {"step": self.step, "seconds": self.seconds}
+            write_text(checkpoint / RECORD, json.dumps(progress | self.description(), indent=2))
+
+
+def _check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """InputError that names what a resumed run would change of its model, corpus or order."""
+    changed = _differences("model", before["model"], now["model"])
+    if before["corpus"] != now["corpus"]:
+        data = [{**run["config"]["data"], "cache": None} for run in (before, now)]
+        changed += _differences("data", *data) or ["the text behind data.sources has changed"]
+    order = [{k: run["config"]["train"][k] for k in ORDER_KEYS} for run in (before, now)]
+    changed += _differences("train", *order)
+    if changed:
+        raise InputError(
+            f"cannot resume {folder}: {'; '.join(changed)}; change it back, or begin another run "
+            "with --out"
+        )
+
+
+def _differences(table: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    # Through JSON, where what was read back and what was made are spelt alike.
+    before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))
+    return [
+        f"{table}.{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]

@@ -1,0 +1,117 @@
+"""What a run measures: metrics.jsonl, TensorBoard events, the loss curve, and the machine's GEMM
+rate.
+
+metrics.jsonl has one JSON object a line, each with its `step`: an update's `loss` (nats a token)
+with `lr`, `grad_norm`, `tokens`, `tokens_per_second`, `gemm_fraction` and `seconds`; a validation's
+`valid_loss` and `bits_per_byte`; a `sample`.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retentive.errors import InputError
+
+Record = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl, without a last line that a killed run left unfinished."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class MetricsLog:
+    """Appends records to a run's metrics.jsonl, and their numbers to TensorBoard if asked.
+
+    `step` is the step the run goes on from: what a run that was cut off had written past it is
+    dropped.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool = False):
+        self.path = folder / "metrics.jsonl"
+        kept = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(aside, self.path)
+        self._events = _summary_writer(folder, step) if tensorboard else None
+
+    def write(self, step: int, **values: Any) -> None:
+        # Closed each time, so that a killed run keeps every line.
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._events:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._events:
+            self._events.close()
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "train.tensorboard needs the package tensorboard: pip install it, or leave the key out"
+        ) from None
+    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+
+def plot_curve(records: list[Record], path: Path) -> None:
+    """Draws the losses of training and validation, and beside them bits per byte."""
+    from matplotlib.figure import Figure
+
+    updates = [r for r in records if "loss" in r]
+    validations = [r for r in records if "valid_loss" in r]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, bits = figure.subplots(1, 2)
+    steps, losses = [r["step"] for r in updates], [r["loss"] for r in updates]
+    loss.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
+    loss.plot(steps, _running_mean(losses), color="C0", label="training (running mean)")
+    steps = [r["step"] for r in validations]
+    valid = {"color": "C1", "marker": "o", "label": "validation"}
+    loss.plot(steps, [r["valid_loss"] for r in validations], **valid)
+    bits.plot(steps, [r["bits_per_byte"] for r in validations], **valid)
+    loss.set(xlabel="step", ylabel="loss, nats a token")
+    bits.set(xlabel="step", ylabel="bits per byte")
+    loss.legend()
+    bits.legend()
+    aside = path.with_name(f".{path.name}.tmp")
+    figure.savefig(aside, format=path.suffix[1:], dpi=120)
+    os.replace(aside, path)
+
+
+def _running_mean(values: list[float], smoothing: float = 0.95) -> list[float]:
+    """Exponential mean, corrected for its start as Adam's is."""
+    means, mean = [], 0.0
+    for n, value in enumerate(values, start=1):
+        mean = smoothing * mean + (1 - smoothing) * value
+        means.append(mean / (1 - smoothing**n))
+    return means
+
+
+def measure_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of a large matrix product on this device: the best run within `seconds`, after one to
+    warm up.
+    """
+    n = 1024 if device.type == "cpu" else 4096
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    best = float("inf")
+    (a @ b)[0, 0].item()
+    deadline = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < deadline:
+        (a @ b)[0, 0].item()  # reading an element waits for the product on every kind of device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,60 @@
+"""AdamW as the paper trains: which parameters decay, and the learning rate of each step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from retentive.train.config import OptimizerConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices decay; norms and biases, the parameters of one dimension, do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of update `step` (0-based) out of `steps`.
+
+    It grows by lr / warmup an update up to lr, then falls in a line, along half a cosine, or not at
+    all, towards `final_lr` · lr, which update `steps` would have: the last one still moves the
+    weights.
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    past = (step - config.warmup) / (steps - config.warmup)
+    left = {
+        "linear": 1 - past,
+        "cosine": (1 + math.cos(math.pi * past)) / 2,
+        "constant": 1.0,
+    }[config.schedule]
+    return config.lr * (config.final_lr + (1 - config.final_lr) * left)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name, `exp_avg.lm_head.weight` and so on."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`: the same state for the same parameters."""
+    parameters = dict(model.named_parameters())
+    for key_and_name, value in tensors.items():
+        key, name = key_and_name.split(".", 1)
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)

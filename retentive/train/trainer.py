@@ -1,0 +1,197 @@
+"""One run's model, optimizer and place in the data, and the update that moves all three."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retentive.data.batches import NO_TARGET, Batch, BatchOrder
+from retentive.data.dataset import Corpus
+from retentive.devices import resolve_device, resolve_dtype
+from retentive.errors import InputError
+from retentive.models.checkpoint import load, save_model
+from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.files import fingerprint, read_tensors, write_tensors
+from retentive.models.language_model import LanguageModel
+from retentive.models.retnet import RetNet
+from retentive.models.state import RetNetState, concat
+from retentive.models.transformer import Transformer
+from retentive.train.config import RunConfig
+from retentive.train.optimizer import (
+    build_optimizer,
+    learning_rate,
+    optimizer_tensors,
+    restore_optimizer,
+)
+
+OPTIMIZER = "optimizer.safetensors"
+CARRIED = "state.safetensors"
+
+
+class Trainer:
+    """Everything that an update reads and changes. A checkpoint holds all of it.
+
+    `step` counts the updates made. `checkpoint` is the folder to go on from, None for a new run.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus, checkpoint: Path | None = None):
+        train = config.train
+        self.config = config
+        self.device = resolve_device(train.device)
+        self.dtype = compute_dtype(train.dtype, self.device)
+        self.order = BatchOrder(
+            corpus.train, train.batch_size, train.seq_len, train.seed, carry=train.carry_state
+        )
+        self.model = self._build_model(corpus.vocab_size, checkpoint)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        # Carried from step to step, a row for each of the batch's.
+        self.state = self.model.init_state(train.batch_size) if train.carry_state else None
+        self.step = 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _build_model(self, vocab_size: int, checkpoint: Path | None) -> LanguageModel:
+        """The model, its weights, and what is applied from outside: activation checkpointing,
+        compilation.
+        """
+        train = self.config.train
+        exact = "float64" if self.dtype is torch.float64 else "float32"
+        if checkpoint is not None:
+            model = load(checkpoint, device=str(self.device), dtype=exact)
+        else:
+            torch.manual_seed(train.seed)
+            with self.device:
+                model = new_model(self.config.model.build(vocab_size)).to(resolve_dtype(exact))
+        model.checkpoint_layers = train.checkpoint_layers
+        if train.compile:
+            for layer in model.layers:
+                layer.compile()
+        return model.train()
+
+    def update(self) -> dict[str, float]:
+        """One update of the weights. Returns its loss (nats a token), gradient norm, learning rate
+        and tokens.
+
+        Raises InputError, before the weights are touched, if the loss or the gradient is not
+        finite.
+        """
+        batch = self.order.batch(self.step)
+        tokens = int((batch.targets != NO_TARGET).sum())
+        loss = self._accumulate_gradients(batch, tokens)
+        settings = self.config.optimizer
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise InputError(
+                f"the {what} of step {self.step + 1} is not finite; the run stops, the weights are "
+                "as they were: try a lower --optimizer.lr, a longer --optimizer.warmup or --dtype "
+                "float32"
+            )
+        lr = learning_rate(settings, self.step, self.config.train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
+
+    def _accumulate_gradients(self, batch: Batch, tokens: int) -> float:
+        """Adds the gradients of the mean loss over the batch's `tokens`, a few rows at a time;
+        returns that loss.
+        """
+        rows = self.config.train.micro_batch or len(batch.tokens)
+        total, left = torch.zeros((), device=self.device), []
+        for piece in torch.arange(len(batch.tokens)).split(rows):
+            part, state = batch_rows(batch, piece), self._enter(batch, piece)
+            with autocast(self.device, self.dtype):
+                loss, state = batch_loss(self.model, part, state)
+            (loss / tokens).backward()
+            total += loss.detach()
+            left.append(state)
+        if self.state is not None:
+            self.state = concat(left).detach()
+        return total.item() / tokens
+
+    def _enter(self, batch: Batch, rows: Tensor) -> RetNetState | None:
+        """The carried state of these rows; a row that begins with another document than it ended
+        with starts afresh.
+        """
+        if self.state is None:
+            return None
+        return self.state.select(rows).reset(~batch.continues[rows])
+
+    def save(self, folder: Path) -> None:
+        """Writes the model folder and everything else that the next update depends on."""
+        save_model(self.model, folder)
+        tensors = optimizer_tensors(self.model, self.optimizer) | random_states(self.device)
+        write_tensors(folder / OPTIMIZER, tensors, {"format": "pt"})
+        if self.state is not None:
+            self.state.save(folder / CARRIED, fingerprint=fingerprint(self.model))
+
+    def _restore(self, folder: Path) -> None:
+        tensors, _ = read_tensors(folder / OPTIMIZER, "the checkpoint's")
+        take_random_states(tensors, self.device)
+        restore_optimizer(self.model, self.optimizer, tensors)
+        if self.state is not None:
+            self.state, _, _ = RetNetState.load(folder / CARRIED, model=self.model)
+
+
+def new_model(config: RetNetConfig | TransformerConfig) -> LanguageModel:
+    return RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
+
+
+def batch_loss(
+    model: LanguageModel, batch: Batch, state: RetNetState | None
+) -> tuple[Tensor, RetNetState | None]:
+    """The summed loss of a batch's tokens (a 0-dim tensor), and the state its rows leave if they
+    entered with one.
+    """
+    rows = None if state is None else len(batch.tokens)
+    layout = model.packed_layout(batch.cu_seqlens, rows=rows, state=state)
+    tokens, targets = (x.to(model.device).view(1, -1) for x in (batch.tokens, batch.targets))
+    hidden, state = model.hidden(tokens, state, layout=layout)
+    return model.loss(hidden, targets, reduction="sum"), state
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The random-number generators' states, as tensors to save."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[f"random.{device.type}"] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def take_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Takes `random_states` out of `tensors` and puts them in place; a run may have moved to
+    another device.
+    """
+    torch.set_rng_state(tensors.pop("random.cpu"))
+    for name in [name for name in tensors if name.startswith("random.")]:
+        state = tensors.pop(name)
+        if name == f"random.{device.type}":
+            torch.get_device_module(device).set_rng_state(state)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the arithmetic: bfloat16 by autocast, float32, or float64 (weights too)."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if (dtype := resolve_dtype(name)) is torch.float16:
+        raise InputError(
+            "training in float16 overflows; choose bfloat16, which has its range, or float32"
+        )
+    return dtype
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Where the arithmetic is bfloat16, products are and the rest stays float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
+def batch_rows(batch: Batch, rows: Tensor) -> Batch:
+    """Consecutive rows of a batch. Every row begins a sequence, so the cuts fall between two."""
+    seq_len = batch.tokens.shape[1]
+    start, stop = int(rows[0]) * seq_len, (int(rows[-1]) + 1) * seq_len
+    bounds = batch.cu_seqlens[(batch.cu_seqlens >= start) & (batch.cu_seqlens <= stop)]
+    return Batch(batch.tokens[rows], batch.targets[rows], bounds - start, batch.continues[rows])

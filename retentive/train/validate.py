@@ -1,0 +1,56 @@
+"""How well a model predicts the held-out text: nats a token, and bits per byte, which no tokenizer
+can flatter.
+"""
+
+import math
+
+import torch
+
+from retentive.data.batches import NO_TARGET, BatchOrder
+from retentive.data.dataset import Corpus
+from retentive.models.language_model import LanguageModel
+from retentive.models.retnet import RetNet
+from retentive.train.trainer import autocast, batch_loss
+
+
+@torch.no_grad()
+def validate(
+    model: LanguageModel,
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    max_tokens: int | None = None,
+) -> tuple[float, float]:
+    """Loss in nats a token and bits per byte of text, over the held-out documents or about
+    `max_tokens` of them.
+
+    A RetNet reads each document from its start to its end, its state carried from row to row; a
+    Transformer reads rows as it was trained on them. The same tokens come in the same order every
+    time.
+    """
+    split = corpus.valid
+    seq_len = min(seq_len, split.num_tokens)
+    rows = min(batch_size, split.num_tokens // seq_len)
+    carries = isinstance(model, RetNet)
+    order = BatchOrder(split, rows, seq_len, seed=0, carry=carries)
+    state = model.init_state(rows) if carries else None
+    token_bytes = torch.from_numpy(corpus.token_bytes)
+    nats, tokens, text_bytes = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    for step in range(math.ceil(order.steps_per_epoch)):
+        batch = order.batch(step)
+        if state is not None:
+            state = state.reset(~batch.continues)
+        with autocast(model.device, dtype):
+            loss, state = batch_loss(model, batch, state)
+        targets = batch.targets[batch.targets != NO_TARGET]
+        nats += loss.item()
+        tokens += len(targets)
+        text_bytes += int(token_bytes[targets].sum())
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+    model.train(was_training)
+    return nats / tokens, nats / math.log(2) / text_bytes
