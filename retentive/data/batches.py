@@ -5,7 +5,6 @@ windows of that stream, and every token of an epoch is in one row, once; where t
 a row is filled up with end tokens that have no target.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,8 +37,9 @@ class BatchOrder:
     """The batches of a run over `split`.
 
     Without `carry` the windows of an epoch come in random order; a document that a row's end cuts
-    goes on in some other row, from an empty state. With `carry` (truncated BPTT) the stream is dealt
-    to the rows in `batch_size` equal lanes, and row b goes on at step s + 1 where step s left it.
+    goes on in some other row, from an empty state. With `carry` (truncated BPTT) the stream is
+    dealt to the rows in `batch_size` equal lanes, and row b goes on at step s + 1 where step s left
+    it.
     """
 
     def __init__(
@@ -101,15 +101,6 @@ class BatchOrder:
         return _permutation(self._rows_per_epoch, self.seed, 2 * epoch + 1)
 
 
-def in_order(split: Split, batch_size: int, seq_len: int) -> Iterator[Batch]:
-    """Every token of `split` once, in its own order; the last batch has the rows that are left."""
-    stream = _Stream(split, np.arange(split.num_documents))
-    starts = range(0, split.num_tokens, seq_len)
-    for i in range(0, len(starts), batch_size):
-        rows = [stream.row(s, s + seq_len, seq_len) for s in starts[i : i + batch_size]]
-        yield _stack(rows, [False] * len(rows))
-
-
 @dataclass(frozen=True)
 class _Row:
     tokens: np.ndarray
@@ -168,6 +159,6 @@ def _stack(rows: list[_Row], continues: list[bool]) -> Batch:
 
 
 def _permutation(n: int, seed: int, index: int) -> np.ndarray:
-    """A random order of range(n): raw Philox output is the same in every NumPy, shuffles are not."""
-    keys = np.random.Philox(key=[seed % 2**64, index]).random_raw(n)
-    return np.argsort(keys, kind="stable")
+    """A random order of range(n): raw Philox output is the same in every NumPy, `shuffle` not."""
+    key = np.array([seed % 2**64, index], np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")

@@ -15,6 +15,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -22,15 +23,10 @@ from retentive.errors import InputError, nearest
 
 LONGEST = 2**24  # bytes of a document
 _STDLIB_LEAST = 5_000_000  # bytes; some distributions ship the standard library in parts
-_STDLIB_LEFT_OUT = {  # tests, other people's packages, and tables that are not code
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "pydoc_data",
-    "encodings",
-}
+# Tests, other people's packages, and tables that are not code.
+_STDLIB_LEFT_OUT = frozenset(
+    "test tests idle_test site-packages dist-packages pydoc_data encodings".split()
+)
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +54,7 @@ def read_documents(
                         f"{name} is not UTF-8 text ({error}): convert it, or leave such documents "
                         "out with --data.skip-undecodable"
                     ) from None
-                _log.warning("left out %s: not UTF-8 text", name)
+                _tell_left_out(name)
                 continue
             if text and not text.isspace():
                 yield Document(name, text)
@@ -79,6 +75,11 @@ def fingerprint(sources: Sequence[str]) -> str:
             content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         digest.update(content.digest() + "".join(path.suffixes[-2:]).encode() + b"\0")
     return digest.hexdigest()
+
+
+@cache  # once, however often a corpus is read
+def _tell_left_out(name: str) -> None:
+    _log.warning("left out %s: not UTF-8 text", name)
 
 
 def _files(source: str) -> list[Path]:
@@ -103,11 +104,11 @@ def _files(source: str) -> list[Path]:
     raise InputError(f'{source} does not exist{near}; give a file, a folder, a glob or "stdlib"')
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    """The files below `folder`, sorted; hidden files and folders are left out."""
+def _visible_files(folder: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
+    """The files below `folder`, sorted, but for hidden files and folders and folders `left_out`."""
     found = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if name[0] != "." and name not in left_out]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
@@ -116,17 +117,16 @@ def _stdlib_files(root: Path) -> list[Path]:
     """The standard library's own sources, without tests and tables."""
     found = [
         path
-        for path in _visible_files(root)
+        for path in _visible_files(root, _STDLIB_LEFT_OUT)
         if path.suffix == ".py"
-        and not _STDLIB_LEFT_OUT.intersection(path.relative_to(root).parts[:-1])
         and not path.name.startswith("_sysconfigdata")  # the build's paths and flags
     ]
     size = sum(path.stat().st_size for path in found)
     if size < _STDLIB_LEAST:
         raise InputError(
             f"the standard library in {root} has {size / 1e6:.1f} MB of sources, too little to "
-            "learn from: install all of it (Debian, Ubuntu: apt install python3-full), or give other "
-            "sources"
+            "learn from: install all of it (Debian, Ubuntu: apt install python3-full), or give "
+            "other sources"
         )
     return found
 
@@ -159,7 +159,7 @@ def _parts(file: IO[bytes], separated: bool) -> Iterator[bytes]:
     while chunk := file.read(2**20):
         *whole, rest = (rest + chunk).split(b"\f") if separated else [rest + chunk]
         yield from whole
-        if len(rest) > LONGEST:
+        while len(rest) > LONGEST:
             cut = _line_end(rest)
             yield rest[:cut]
             rest = rest[cut:]
@@ -170,7 +170,8 @@ def _line_end(text: bytes) -> int:
     """The last line end within `LONGEST`, or else the last whole character."""
     if cut := text.rfind(b"\n", 0, LONGEST) + 1:
         return cut
-    return next(i for i in range(LONGEST, LONGEST - 4, -1) if text[i] & 0xC0 != 0x80)
+    begins = (i for i in range(LONGEST, LONGEST - 4, -1) if text[i] & 0xC0 != 0x80)
+    return next(begins, LONGEST)
 
 
 def _decode(raw: bytes) -> str:

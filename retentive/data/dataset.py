@@ -163,17 +163,22 @@ def _build(config: DataConfig, folder: Path, tell: Progress) -> None:
     save_tokenizer(tokenizer, folder)
     train = _write_split(folder, "train", config.train_documents(), tokenizer, tell)
     valid = _write_split(folder, "valid", config.valid_documents(), tokenizer, tell)
-    if not train["documents"] + valid["documents"]:
-        raise InputError(f"there is no text in {', '.join(config.sources)}")
-    wanted = {"train": True, "valid": config.valid_sources or config.valid_fraction > 0}
-    for name, split in ("train", train), ("valid", valid):
-        if wanted[name] and not split["documents"]:
-            raise InputError(
-                f"of {train['documents'] + valid['documents']} documents none is left for {name}: "
-                "give more (form feeds separate documents in a .txt), or held-out ones of their own "
-                "with --data.valid-sources, or --data.valid-fraction 0"
-            )
+    _refuse_empty(config, train["documents"], valid["documents"])
     (folder / "facts.json").write_text(json.dumps({"train": train, "valid": valid}))
+
+
+def _refuse_empty(config: DataConfig, train: int, valid: int) -> None:
+    """InputError where a side that should have documents has none."""
+    if not train + valid:
+        raise InputError(f"there is no text in {', '.join(config.sources)}")
+    if train and (valid or not config.valid_sources and config.valid_fraction == 0):
+        return
+    side = "hold out" if train else "train on"
+    raise InputError(
+        f"of the corpus's documents ({train + valid}) none is left to {side}: give more (form feeds "
+        "separate documents in a .txt), or what to hold out with --data.valid-sources, or "
+        "--data.valid-fraction 0"
+    )
 
 
 def _make_tokenizer(config: DataConfig, tell: Progress) -> "Tokenizer":
