@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from retentive.errors import InputError
@@ -31,6 +29,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """As `write_text`. Raises OSError naming `path` where the disk is full or may not be written."""
+    from safetensors import SafetensorError  # here: a model in memory needs torch only
+    from safetensors.torch import save_file
+
     path = Path(path)
     aside = _aside(path)
     held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -51,6 +52,8 @@ def read_tensors(
     path: str | Path, what: str, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a safetensors file; `what` names it in the InputError where it is missing or broken."""
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise InputError(f"{what} {path} does not exist")
     try:
