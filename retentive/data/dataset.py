@@ -171,12 +171,12 @@ def _refuse_empty(config: DataConfig, train: int, valid: int) -> None:
     """InputError where a side that should have documents has none."""
     if not train + valid:
         raise InputError(f"there is no text in {', '.join(config.sources)}")
-    if train and (valid or not config.valid_sources and config.valid_fraction == 0):
+    if train and (valid or (not config.valid_sources and config.valid_fraction == 0)):
         return
     side = "hold out" if train else "train on"
     raise InputError(
-        f"of the corpus's documents ({train + valid}) none is left to {side}: give more (form feeds "
-        "separate documents in a .txt), or what to hold out with --data.valid-sources, or "
+        f"of the corpus's documents ({train + valid}) none is left to {side}: give more (form "
+        "feeds separate documents in a .txt), or what to hold out with --data.valid-sources, or "
         "--data.valid-fraction 0"
     )
 
