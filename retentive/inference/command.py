@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import tyro
 
@@ -23,9 +23,14 @@ from retentive.models.checkpoint import load
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")
 
 
+def _left_out(metavar: str, default: object) -> Any:
+    """How the help shows an option that is None where it was not given."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
 @dataclass(frozen=True)
 class Options:
-    """Options left out are those of the loaded session, or else the defaults in brackets."""
+    """With --load-state, what is left out is as it was when the texts were saved."""
 
     model: tyro.conf.Positional[Path]
     """A model folder, or the folder of a training run."""
@@ -33,23 +38,25 @@ class Options:
     """What to go on from; several are written at once. Without any, standard input is it."""
     max_new_tokens: int = 128
     """At most so many tokens a text; 0 only reads the prompt (for --save-state)."""
-    temperature: float | None = None
-    """Divides the logits; 0 is greedy [0.8]."""
-    top_k: int | None = None
-    """Keep the k likeliest tokens [all]."""
-    top_p: float | None = None
-    """Keep the fewest likeliest tokens that hold this much probability [0.95]."""
-    min_p: float | None = None
-    """Drop tokens less likely than this fraction of the likeliest [0]."""
-    repetition_penalty: float | None = None
-    """Weaken the tokens already in the text; 1 is off [1]."""
-    seed: int | None = None
-    """The text is the same for the same seed [0]."""
+    temperature: Annotated[float | None, _left_out("FLOAT", Sampling.temperature)] = None
+    """Divides the logits; 0 is greedy."""
+    top_k: Annotated[int | None, _left_out("INT", "all")] = None
+    """Keep the k likeliest tokens."""
+    top_p: Annotated[float | None, _left_out("FLOAT", Sampling.top_p)] = None
+    """Keep the fewest likeliest tokens that hold this much probability."""
+    min_p: Annotated[float | None, _left_out("FLOAT", Sampling.min_p)] = None
+    """Drop tokens less likely than this fraction of the likeliest."""
+    repetition_penalty: Annotated[float | None, _left_out("FLOAT", Sampling.repetition_penalty)] = (
+        None
+    )
+    """Weaken the tokens already in the text; 1 is off."""
+    seed: Annotated[int | None, _left_out("INT", Sampling.seed)] = None
+    """The text is the same for the same seed."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End a text before this string; may be given several times."""
-    save_state: Path | None = None
+    save_state: Annotated[Path | None, _left_out("FILE", "none")] = None
     """Write here what is needed to go on with the texts."""
-    load_state: Path | None = None
+    load_state: Annotated[Path | None, _left_out("FILE", "none")] = None
     """Go on with the texts saved here; a --prompt a text is added to them."""
     device: str = "auto"
     """cpu, cuda, cuda:N, mps or auto."""
@@ -64,7 +71,10 @@ class Options:
 
 def main(argv: Sequence[str]) -> int | None:
     options = parse(
-        Options, argv, "retentive generate", "Text that goes on from prompts, as it is written."
+        Options,
+        argv,
+        "retentive generate",
+        "Goes on from prompts; prints the text as it is written.",
     )
     if options.max_new_tokens < (0 if options.save_state else 1):
         raise InputError(
