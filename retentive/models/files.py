@@ -58,7 +58,7 @@ def read_tensors(
         raise InputError(f"{what} {path} does not exist")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise InputError(
             f"{what} {path} is truncated or no safetensors file ({error}); write or fetch it again"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from retentive.models.config import RetNetConfig
 from retentive.models.language_model import LanguageModel
 from retentive.models.layers import MultiScaleRetention, dropout, feed_forward, norm
-from retentive.models.layout import Layout, Rotation
+from retentive.models.layout import Layout
 from retentive.models.state import RetentionState
 
 

@@ -1,7 +1,7 @@
 """The baseline: a pre-norm Transformer with rotary positions, grouped-query attention and a cache of keys and values.
 
-Shapes: B rows, T tokens, S keys, H query heads, G key-value heads, d head dim; x `[B,T,D]`, q `[B,T,H,d]`,
-k and v `[B,T,G,d]`.
+Shapes: B rows, T tokens, S keys, H query heads, G key-value heads, d head dim; x `[B,T,D]`; once rotated, heads go
+before tokens: q `[B,H,T,d]`, k and v `[B,G,S,d]`.
 """
 
 from itertools import pairwise
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn import init
 
 from retentive.models.config import TransformerConfig
-from retentive.models.kv_cache import KVCache
+from retentive.models.kv_cache import KVCache, Pair
 from retentive.models.language_model import LanguageModel
 from retentive.models.layers import deepnet_gain, dropout, feed_forward, norm
 from retentive.models.layout import Layout, Rotation, rotate
@@ -39,14 +39,15 @@ class Attention(nn.Module):
         )
         q = rotate(q, layout.angles.cos, layout.angles.sin)
         k = rotate(k, layout.angles.key_cos, layout.angles.key_sin)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if layout.cu_seqlens is not None:
             o, cache = _packed(q, k, v, cache, layout)
         elif cache is None:
-            o, cache = attend(q, k, v), KVCache.of(k, v) if layout.keeps_state else None
+            o, cache = attend(q, (k, v)), KVCache.of((k, v)) if layout.keeps_state else None
         else:
-            cache = cache.append(k, v)
-            o = attend(q, cache.k, cache.v, layout.positions if cache.uniform is None else None)
-        return self.o_proj(o.flatten(-2)), cache
+            cache = cache.append((k, v))
+            o = attend(q, cache.kv, layout.positions if cache.uniform is None else None)
+        return self.o_proj(o.transpose(1, 2).flatten(-2)), cache
 
     def init_weights(
         self, initialization: str, depth: int, generator: torch.Generator | None
@@ -63,19 +64,23 @@ class Attention(nn.Module):
                 init.xavier_normal_(projection.weight, gain, generator)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-    """o `[B,T,H,d]` of queries that are the last T of the S keys; or, with `positions` `[B,T]`, that stand there."""
-    queries, keys = q.shape[1], k.shape[1]
+def attend(q: Tensor, kv: Pair, positions: Tensor | None = None) -> Tensor:
+    """o `[B,H,T,d]` of queries that are the last T of the S keys, or that stand at `positions`."""
+    k, v = kv
+    rows, heads, queries, head_dim = q.shape
+    keys = k.shape[2]
+    if queries == 1 and positions is None:
+        # One query sees every key: a group of heads is like so many queries of one head, and reads its keys once.
+        o = F.scaled_dot_product_attention(q.reshape(rows, k.shape[1], -1, head_dim), k, v)
+        return o.reshape(rows, heads, 1, head_dim)
     mask = None
     if positions is not None:
         mask = torch.arange(keys, device=q.device) <= positions[:, None, :, None]
-    elif 1 < queries < keys:
+    elif queries < keys:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    causal = mask is None and queries > 1
-    gqa = q.shape[1] != k.shape[1]
-    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
-    return o.transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=heads != k.shape[1]
+    )
 
 
 def _packed(
@@ -92,18 +97,18 @@ def _packed(
     for sequence, (begin, end) in enumerate(pieces):
         if begin == end:
             continue
-        q_here, k_here, v_here = (x[:, begin:end] for x in (q, k, v))
+        q_here, k_here, v_here = (x[:, :, begin:end] for x in (q, k, v))
         if cache is not None and sequence in entering:
             k_past, v_past = cache.row(entering[sequence])
-            k_here, v_here = torch.cat((k_past, k_here), 1), torch.cat((v_past, v_here), 1)
-        outputs.append(attend(q_here, k_here, v_here))
-    o = torch.cat(outputs, 1)
+            k_here, v_here = torch.cat((k_past, k_here), 2), torch.cat((v_past, v_here), 2)
+        outputs.append(attend(q_here, (k_here, v_here)))
+    o = torch.cat(outputs, 2)
     if not layout.keeps_state:
         return o, None
     if cache is None:
-        cache = KVCache.empty(layout.rows, 0, k.shape[2], k.shape[3], k)
+        cache = KVCache.empty(layout.rows, 0, k.shape[1], k.shape[3], k)
     left = torch.tensor([begin != end for begin, end in zip(first, last, strict=True)])
-    return o, cache.reset(left).append_packed(k, v, [pieces[sequence] for sequence in last])
+    return o, cache.reset(left).append_packed((k, v), [pieces[sequence] for sequence in last])
 
 
 class TransformerBlock(nn.Module):
