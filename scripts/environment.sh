@@ -31,7 +31,7 @@ cause() {
     elif grep -qiE 'connection broken|connectionerror|name resolution|timed out|proxyerror' "$LOG"; then
         echo "no network: pip cannot reach its package index (.venv/setup.log); connect, then run make again"
     else
-        echo "pip failed: $(grep -i '^error' "$LOG" | tail -n 1) (.venv/setup.log); run make again once that is settled"
+        echo "pip failed: $(grep -i '^error' "$LOG" | head -n 1) (.venv/setup.log); run make again once that is settled"
     fi
 }
 
