@@ -60,9 +60,10 @@ def _reference(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     options = {"chunk_size": chunk_size or 64} if form == "chunkwise" else {}
-    wide = (x.to(state.dtype) for x in (q, k, v))
-    run = getattr(reference, form)
-    o, final = for_each_sequence(run, *wide, log_decay, state, cu_seqlens, **options)
+    dtype, run = state.dtype, getattr(reference, form)
+    o, final = for_each_sequence(
+        run, q.to(dtype), k.to(dtype), v.to(dtype), log_decay, state, cu_seqlens, **options
+    )
     return o.to(v.dtype), final
 
 
