@@ -4,6 +4,8 @@ Legend, here and everywhere: B batch rows, T tokens, N sequences, H heads, K que
 V value head dim, D model width, C chunk.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,8 @@ def retention(
     state = _initial_state(state, q, v, sequences)
     form = _choose_form(form, chunk_size, q, k, v, state)
     run = backends.choose(backend, form, q.device)
-    o, final = run(form, q, k, v, log_decay.to(state.dtype), state, cu_seqlens, chunk_size)
+    with _without_autocast(q.device):
+        o, final = run(form, q, k, v, log_decay.to(state.dtype), state, cu_seqlens, chunk_size)
     return o, final if output_state else None
 
 
@@ -100,7 +103,15 @@ def retention_step(
         raise InputError(
             "inplace=True cannot write over a state that requires a gradient; use inplace=False"
         )
-    return step(q, k, v, log_decay.to(state.dtype), state, active=active, inplace=inplace)
+    with _without_autocast(q.device):
+        return step(q, k, v, log_decay.to(state.dtype), state, active=active, inplace=inplace)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products are formed in the dtype of the state; autocast would form them in a lower one."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _describe(x: Tensor) -> str:
