@@ -163,6 +163,11 @@ class RunConfig:
 
     def __post_init__(self):
         self.model.build(vocab_size=1)  # a mistake in [model] shows before the corpus is read
+        if self.train.carry_state and self.model.kind == "transformer":
+            raise InputError(
+                "train.carry_state needs a state of fixed size, and a Transformer's cache grows; "
+                'leave it out or take model.kind = "retnet"'
+            )
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> "RunConfig":

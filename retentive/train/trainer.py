@@ -101,17 +101,17 @@ class Trainer:
         returns that loss.
         """
         rows = self.config.train.micro_batch or len(batch.tokens)
-        total, left = torch.zeros((), device=self.device), []
+        losses, left = [], []
         for piece in torch.arange(len(batch.tokens)).split(rows):
             part, state = batch_rows(batch, piece), self._enter(batch, piece)
             with autocast(self.device, self.dtype):
                 loss, state = batch_loss(self.model, part, state)
             (loss / tokens).backward()
-            total += loss.detach()
+            losses.append(loss.detach())
             left.append(state)
         if self.state is not None:
             self.state = concat(left).detach()
-        return total.item() / tokens
+        return torch.stack(losses).sum().item() / tokens
 
     def _enter(self, batch: Batch, rows: Tensor) -> RetNetState | None:
         """The carried state of these rows; a row that begins with another document than it ended
