@@ -13,7 +13,7 @@ import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ _STDLIB_LEAST = 5_000_000  # bytes; some distributions ship the standard library
 _STDLIB_LEFT_OUT = frozenset(
     "test tests idle_test site-packages dist-packages pydoc_data encodings".split()
 )
+_OPENERS: dict[str, Callable[[Path, str], IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}  # pyright: ignore
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +48,7 @@ def read_documents(
     for path in find_files(sources):
         for name, raw in _raw_documents(path):
             try:
-                text = _field(name, raw, text_field) if _is_jsonl(path) else _decode(raw)
+                text = _field(name, raw, text_field) if _kind(path) == ".jsonl" else _decode(raw)
             except UnicodeError as error:
                 if not skip_undecodable:
                     raise InputError(
@@ -73,7 +74,7 @@ def fingerprint(sources: Sequence[str]) -> str:
     for path in find_files(sources):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-        digest.update(content.digest() + "".join(path.suffixes[-2:]).encode() + b"\0")
+        digest.update(content.digest() + f"{_kind(path)} {path.suffix}\n".encode())
     return digest.hexdigest()
 
 
@@ -131,26 +132,26 @@ def _stdlib_files(root: Path) -> list[Path]:
     return found
 
 
-def _is_jsonl(path: Path) -> bool:
-    return ".jsonl" in path.suffixes[-2:]
+def _kind(path: Path) -> str:
+    """ ".txt" for a.txt and for a.txt.xz."""
+    return Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
 
 
 def _raw_documents(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each document; for JSON lines, of each line."""
     try:
         with _open(path) as file:
-            if _is_jsonl(path):
+            if _kind(path) == ".jsonl":
                 yield from ((f"{path}:{i}", line) for i, line in enumerate(file, 1) if line.strip())
             else:
-                parts = _parts(file, separated=".txt" in path.suffixes[-2:])
+                parts = _parts(file, separated=_kind(path) == ".txt")
                 yield from ((f"{path}#{i}" if i else str(path), raw) for i, raw in enumerate(parts))
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{path} is damaged, or not a {path.suffix} file: {error}") from None
 
 
 def _open(path: Path) -> IO[bytes]:
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    return opener(path, "rb")  # type: ignore[return-value]
+    return _OPENERS.get(path.suffix, open)(path, "rb")
 
 
 def _parts(file: IO[bytes], separated: bool) -> Iterator[bytes]:
