@@ -29,7 +29,7 @@ def save_model(model: LanguageModel, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
-    """The model of a folder, in eval mode. Raises InputError where a file is missing, broken or does not fit."""
+    """The model of a folder, in eval mode. InputError where a file is missing or does not fit."""
     where, kind = resolve_device(device), resolve_dtype(dtype)
     config = load_config(folder)
     with torch.device("meta"):
@@ -74,7 +74,7 @@ def _check_fit(path: Path, model: LanguageModel, tensors: dict[str, torch.Tensor
         )
     if unknown := given.keys() - expected.keys():
         raise InputError(
-            f"{path} holds {len(unknown)} tensors not of this model, such as {min(unknown)}; {_ADVICE}"
+            f"{path} holds {len(unknown)} tensors too many, such as {min(unknown)}; {_ADVICE}"
         )
     for name, shape in expected.items():
         if given[name] != shape:

@@ -1,23 +1,29 @@
 """What a model is, as plain frozen data: the fields of `config.json`.
 
-Sizes left out are resolved when the config is made, so that what is saved holds numbers. Every mistake is an
-InputError of one line.
+Sizes left out are filled in when a config is made, so that what is saved holds numbers. Every
+mistake is an InputError of one line.
 """
 
 import dataclasses
 import math
-import types
-import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from retentive.errors import InputError, nearest
+from retentive.models.fields import check_types
 from retentive.ops.decay import log_decay
 
-# Hugging Face writes these beside a model's own fields; they say nothing about the mathematics.
+Activation = Literal["gelu", "swish"]
+Norm = Literal["layernorm", "rmsnorm"]
+Decay = Literal["power", "linspace"] | tuple[float, ...]
+RotationRule = Literal["official", "rope"]
+Initialization = Literal["paper", "official"]
+
+# Hugging Face writes these beside a model's own fields; they do not touch the mathematics.
 BOOKKEEPING = frozenset(
-    "architectures auto_map bos_token_id dtype eos_token_id is_decoder model_type name_or_path output_attentions "
-    "output_hidden_states pad_token_id return_dict torch_dtype transformers_version use_cache".split()
+    "architectures auto_map bos_token_id dtype eos_token_id is_decoder model_type name_or_path "
+    "output_attentions output_hidden_states pad_token_id return_dict torch_dtype "
+    "transformers_version use_cache".split()
 )
 
 
@@ -32,16 +38,16 @@ class ModelConfig:
     num_hidden_layers: int
     num_heads: int
     intermediate_size: int | None = None
-    hidden_act: Literal["gelu", "swish"] = "gelu"
+    hidden_act: Activation = "gelu"
     gated_ffn: bool = False
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm: Norm = "layernorm"
     norm_eps: float = 1e-6
     dropout: float = 0.0
     tie_word_embeddings: bool = False
-    initialization: Literal["paper", "official"] = "paper"
+    initialization: Initialization = "paper"
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             _check_positive(name, getattr(self, name))
         if self.intermediate_size is None:
@@ -69,13 +75,14 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`. Hugging Face's bookkeeping keys are passed over, others that we do not know refused."""
+        """The inverse of `to_dict`. Passes Hugging Face's bookkeeping over, refuses other keys."""
         known = [field.name for field in dataclasses.fields(cls)]
         given = {key: _as_tuple(value) for key, value in fields.items() if key in known}
         for key in fields.keys() - given.keys():
             if key not in BOOKKEEPING and not key.startswith("_"):
                 raise InputError(
-                    f"unknown model config key {key!r}{nearest(key, known)}; known are {', '.join(known)}"
+                    f"unknown model config key {key!r}{nearest(key, known)};"
+                    f" known are {', '.join(known)}"
                 )
         for field in dataclasses.fields(cls):
             if field.name not in given and field.default is dataclasses.MISSING:
@@ -87,26 +94,27 @@ class ModelConfig:
 class RetNetConfig(ModelConfig):
     """A RetNet. The defaults are the paper's layer.
 
-    qk_dim, value_dim        total over heads; hidden_size and 2 · hidden_size unless given
-    intermediate_size        2 · hidden_size; gated FFNs get the width that keeps the parameter count
-    head_norm                over the V values of each head, no affine weights; "layernorm" is GroupNorm with a group a head
-    decay                    "power" (γ = 1 - 2^(-5-h)), "linspace" (paper §3.1), or log γ of each head
-    rotation                 "official": θ_p = base^(-p/(K/2-1)); "rope": θ_p = base^(-2p/K)
-    row_scale                multiply row n by 1/√Σ_{i≤n} γ^i (paper §2.1), as the official code does
-    initialization           "paper": DeepNet's gains; "official": those of the authors' code
+    qk_dim, value_dim   of all heads together; hidden_size and 2 · hidden_size unless given
+    intermediate_size   2 · hidden_size; for a gated FFN what gives it as many parameters
+    head_norm           over the V values of a head, without weights; "layernorm" is what the paper
+                        calls GroupNorm, with a group for each head
+    decay               "power", γ = 1 - 2^(-5-h); "linspace", of paper §3.1; or each head's log γ
+    rotation            "official", θ_p = base^(-p/(K/2-1)); "rope", θ_p = base^(-2p/K)
+    row_scale           row n times 1/√Σ_{i≤n} γ^i (paper §2.1), as the authors' code has it
+    initialization      "paper", DeepNet's; "official", that of the authors' code
 
-    Dims are rotated in the pairs (p, p + K/2). A checkpoint that pairs (2p, 2p+1) is the same model with the rows of W_Q
-    and W_K permuted within each head: evens first, then odds; exactly.
+    The dims p and p + K/2 of a head turn together. A checkpoint that pairs 2p and 2p + 1 is exactly
+    the same model with the rows of W_Q and W_K in another order within each head: evens, then odds.
     """
 
     model_type: ClassVar[str] = "retentive"
 
     qk_dim: int | None = None
     value_dim: int | None = None
-    head_norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    head_norm: Norm = "layernorm"
     head_norm_eps: float = 1e-6
-    decay: Literal["power", "linspace"] | tuple[float, ...] = "power"
-    rotation: Literal["official", "rope"] = "official"
+    decay: Decay = "power"
+    rotation: RotationRule = "official"
     rotation_base: float = 10000.0
     row_scale: bool = False
 
@@ -120,11 +128,7 @@ class RetNetConfig(ModelConfig):
             _check_positive(name, getattr(self, name))
         for name in ("qk_dim", "value_dim"):
             _check_divisible(name, getattr(self, name), self.num_heads)
-        if self.qk_head_dim % 2:
-            raise InputError(
-                f"qk_dim {self.qk_dim} over {self.num_heads} heads gives the odd head dim {self.qk_head_dim};"
-                " rotation pairs dims, so choose an even one"
-            )
+        _check_even("qk_dim", self.qk_dim, self.num_heads)
         log_decay(self.num_heads, self.decay)  # refuses a bad list
 
     def _default_intermediate_size(self) -> int:
@@ -144,30 +148,41 @@ class RetNetConfig(ModelConfig):
 
     @classmethod
     def named(cls, size: str, **overrides: Any) -> Self:
-        """A size of the paper (200m, 1.3b, 2.7b, 6.7b, 13b), or "demo", with single fields replaced by `overrides`."""
-        sizes = {
-            "demo": {
-                "hidden_size": 256,
-                "num_hidden_layers": 4,
-                "num_heads": 4,
-                "vocab_size": 8192,
-            },
-            "200m": _paper_size(1024, 16),
-            "1.3b": _paper_size(2048, 24),
-            "2.7b": _paper_size(2560, 32),
-            "6.7b": _paper_size(4096, 32),
-            "13b": _paper_size(5120, 40),
-        }
-        if size not in sizes:
+        """A size of the paper (200m, 1.3b, 2.7b, 6.7b, 13b) or "demo", but for `overrides`."""
+        if size not in SIZES:
             raise InputError(
-                f"unknown model size {size!r}{nearest(size, sizes)}; choose one of {', '.join(sizes)}"
+                f"unknown model size {size!r}{nearest(size, SIZES)};"
+                f" choose one of {', '.join(SIZES)}"
             )
-        return cls.from_dict({**sizes[size], **overrides})
+        return cls.from_dict({**SIZES[size], **overrides})
+
+
+def _paper_size(hidden_size: int, num_hidden_layers: int) -> dict[str, int]:
+    """K is 256 and V 512 in every size; the vocabulary is GPT-2's, rounded up for the hardware."""
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_heads": hidden_size // 256,
+        "vocab_size": 50304,
+    }
+
+
+SIZES = {
+    "demo": {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4, "vocab_size": 8192},
+    "200m": _paper_size(1024, 16),
+    "1.3b": _paper_size(2048, 24),
+    "2.7b": _paper_size(2560, 32),
+    "6.7b": _paper_size(4096, 32),
+    "13b": _paper_size(5120, 40),
+}
 
 
 @dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
-    """The baseline: a pre-norm Transformer with rotary positions; `num_kv_heads` below `num_heads` is grouped-query attention."""
+    """The baseline: a pre-norm Transformer with rotary positions.
+
+    With `num_kv_heads` below `num_heads` groups of heads share keys and values (GQA).
+    """
 
     model_type: ClassVar[str] = "retentive-transformer"
 
@@ -182,11 +197,7 @@ class TransformerConfig(ModelConfig):
             _check_positive(name, getattr(self, name))
         _check_divisible("hidden_size", self.hidden_size, self.num_heads)
         _check_divisible("num_heads", self.num_heads, self.kv_heads, "num_kv_heads")
-        if self.head_dim % 2:
-            raise InputError(
-                f"hidden_size {self.hidden_size} over {self.num_heads} heads gives the odd head dim {self.head_dim};"
-                " rotation pairs dims, so choose an even one"
-            )
+        _check_even("hidden_size", self.hidden_size, self.num_heads)
 
     def _default_intermediate_size(self) -> int:
         return _round_to(16, 8 * self.hidden_size / 3) if self.gated_ffn else 4 * self.hidden_size
@@ -203,35 +214,24 @@ class TransformerConfig(ModelConfig):
 
     @classmethod
     def matching(cls, retnet: RetNetConfig, num_kv_heads: int | None = None) -> Self:
-        """The baseline of `retnet`: its width, depth, vocabulary, norm and kind of FFN, and its number of parameters.
+        """The baseline of `retnet`: all that they share, and as many parameters.
 
-        The FFN takes up what attention has less than retention. Head dims are 64 to 128 where the width allows it.
+        The FFN takes what attention needs less than retention. A head has 64 to 128 dims where the
+        width allows it.
         """
         width = retnet.hidden_size
-        num_heads = next(
-            (width // dim for dim in (64, 128, *range(66, 128, 2)) if width % dim == 0),
-            retnet.num_heads,
-        )
-        if width >= 2048 and width % 128 == 0:
-            num_heads = width // 128
+        num_heads = width // _head_dim(width) if width >= 64 else retnet.num_heads
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_positive("num_kv_heads", kv_heads)
-        _check_divisible("num_heads", num_heads, kv_heads, "num_kv_heads")
-        assert retnet.qk_dim is not None and retnet.value_dim is not None
-        matrices = 3 if retnet.gated_ffn else 2
-        layer = width * (2 * retnet.qk_dim + 3 * retnet.value_dim + matrices * retnet.ffn_dim)
-        attention = width * (2 * width + 2 * width * kv_heads // num_heads)
         shared = {
             field.name: getattr(retnet, field.name) for field in dataclasses.fields(ModelConfig)
         }
-        return cls(
-            **{
-                **shared,
-                "num_heads": num_heads,
-                "num_kv_heads": kv_heads,
-                "intermediate_size": _round_to(8, (layer - attention) / (matrices * width)),
-            }
-        )
+        shared |= {"num_heads": num_heads, "num_kv_heads": kv_heads}
+        cls(**shared)  # checks that the heads divide before they are divided
+        matrices = 3 if retnet.gated_ffn else 2
+        K, V = retnet.qk_head_dim, retnet.value_head_dim
+        layer = retnet.num_heads * (2 * K + 3 * V) + matrices * retnet.ffn_dim
+        attention = 2 * width + 2 * width * kv_heads // num_heads
+        return cls(**{**shared, "intermediate_size": _round_to(8, (layer - attention) / matrices)})
 
 
 def config_from_dict(fields: dict[str, Any]) -> RetNetConfig | TransformerConfig:
@@ -243,14 +243,10 @@ def config_from_dict(fields: dict[str, Any]) -> RetNetConfig | TransformerConfig
     return kinds[model_type].from_dict(fields)
 
 
-def _paper_size(width: int, depth: int) -> dict[str, int]:
-    """K = 256 and V = 512 in every size; a vocabulary of GPT-2's size, padded to a multiple of 64."""
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": depth,
-        "num_heads": width // 256,
-        "vocab_size": 50304,
-    }
+def _head_dim(width: int) -> int:
+    """128 from a width of 2048 on, else 64; failing these what divides the width, at worst all."""
+    preferred = (128, 64) if width >= 2048 else (64, 128)
+    return next(dim for dim in (*preferred, *range(66, 128, 2), width) if width % dim == 0)
 
 
 def _round_to(multiple: int, value: float) -> int:
@@ -273,46 +269,10 @@ def _check_divisible(name: str, value: int, by: int, by_name: str = "num_heads")
         )
 
 
-def _check_types(config: ModelConfig) -> None:
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if typing.get_origin(hint) is ClassVar:
-            continue
-        value = getattr(config, name)
-        if not _fits(value, hint):
-            words = [word for word in _words(hint) if isinstance(value, str)]
-            raise InputError(
-                f"{name} is {value!r}{nearest(str(value), words)}; give {_describe(hint)}"
-            )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    match typing.get_origin(hint):
-        case typing.Literal:
-            return isinstance(value, str) and value in typing.get_args(hint)
-        case types.UnionType | typing.Union:
-            return any(_fits(value, option) for option in typing.get_args(hint))
-        case builtin if builtin is tuple:
-            return isinstance(value, tuple) and all(_fits(item, float) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _words(hint: Any) -> list[str]:
-    if typing.get_origin(hint) is Literal:
-        return list(typing.get_args(hint))
-    return [word for option in typing.get_args(hint) for word in _words(option)]
-
-
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
-    match typing.get_origin(hint):
-        case typing.Literal:
-            return " or ".join(typing.get_args(hint))
-        case types.UnionType | typing.Union:
-            return " or ".join(_describe(option) for option in typing.get_args(hint))
-        case builtin if builtin is tuple:
-            return "a list of numbers"
-    return names[hint]
+def _check_even(name: str, value: int | None, heads: int) -> None:
+    assert value is not None
+    if (value // heads) % 2:
+        raise InputError(
+            f"{name} {value} over {heads} heads gives the odd head dim {value // heads};"
+            " rotation pairs dims, so choose an even one"
+        )

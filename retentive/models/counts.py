@@ -1,6 +1,6 @@
-"""Parameters, FLOPs and bytes of a model, from its config alone: used by info, training and the benchmarks.
+"""Parameters, FLOPs and bytes of a model, from its config alone.
 
-A multiply-add counts two FLOPs. Embedding look-ups, norms, rotation and activations are left out, as is usual.
+A multiply-add counts two FLOPs. Embedding look-ups, norms, rotation and activations count nothing.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from retentive.models.config import ModelConfig, RetNetConfig, TransformerConfig
 
 COUNTED_CHUNK = 64
-"""Retention is counted at this chunk size whatever ran, so that a slower choice does not look like more work."""
+"""Retention is counted at this chunk size whatever ran: a slow choice is no more work."""
 
 
 def parameters(config: RetNetConfig | TransformerConfig) -> dict[str, int]:
@@ -57,7 +57,7 @@ def state_bytes(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """Bytes a sequence: RetNet's state (float32 whatever the weights), or the keys and values of `context` tokens."""
+    """Of one sequence: RetNet's state (always float32), or keys and values of `context` tokens."""
     depth = config.num_hidden_layers
     if isinstance(config, RetNetConfig):
         return depth * config.num_heads * config.qk_head_dim * config.value_head_dim * 4

@@ -28,7 +28,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """As `write_text`. Raises OSError naming `path` where the disk is full or may not be written."""
+    """As `write_text`. Raises OSError with the path where the disk is full or read-only."""
     from safetensors import SafetensorError  # here: a model in memory needs torch only
     from safetensors.torch import save_file
 
@@ -51,7 +51,10 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 def read_tensors(
     path: str | Path, what: str, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a safetensors file; `what` names it in the InputError where it is missing or broken."""
+    """The tensors and metadata of a safetensors file.
+
+    Raises InputError where the file is missing or broken; `what` says which file it is.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -66,7 +69,10 @@ def read_tensors(
 
 
 def fingerprint(model: "LanguageModel", samples: int = 64) -> str:
-    """Hash of the config and of evenly spaced samples of every weight: quick for any size, changed by any training step."""
+    """Hash of the config and of evenly spaced samples of every weight.
+
+    Quick for a model of any size; every step of training changes it.
+    """
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()
@@ -82,7 +88,7 @@ def _aside(path: Path) -> Path:
 
 
 def _replace(aside: Path, path: Path) -> None:
-    """Rename once the bytes are on the disk, so that a crash of the machine leaves a whole file, too."""
+    """Rename once the bytes are on the disk: a crash of the machine leaves whole files, too."""
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)

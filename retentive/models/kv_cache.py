@@ -6,7 +6,7 @@ tokens of a head side by side, decoding reads them 1.6 times as fast as the othe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass
 class _Buffers:
-    """Storage that caches share. Some cache holds `used[b]` tokens of row b; those beyond are free."""
+    """Storage that caches share. `used[b]` tokens of row b belong to a cache; the rest is free."""
 
     kv: Pair
     used: tuple[int, ...]
@@ -40,7 +40,7 @@ class KVCache:
 
     @classmethod
     def of(cls, kv: Pair, lengths: Sequence[int] | None = None) -> Self:
-        """A cache that takes over keys and values `[B,G,T,d]`, all T tokens or `lengths` of them."""
+        """A cache that takes over keys and values `[B,G,T,d]`, of all tokens or of `lengths`."""
         rows, _, tokens, _ = kv[0].shape
         lengths = (tokens,) * rows if lengths is None else tuple(lengths)
         return cls(_Buffers(kv, lengths), lengths)
@@ -112,9 +112,9 @@ class KVCache:
         return F.pad(k, room), F.pad(v, room)
 
     @property
-    def row_shape(self) -> tuple[int, ...]:
-        k = self.buffers.kv[0]
-        return (k.shape[1], k.shape[3])
+    def signature(self) -> tuple[Any, ...]:
+        _, heads, _, head_dim = self.buffers.kv[0].shape
+        return (self.kind, heads, head_dim)
 
     @property
     def nbytes(self) -> int:

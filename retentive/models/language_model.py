@@ -1,4 +1,4 @@
-"""What RetNet and the Transformer baseline share: everything but the mixer of tokens and the kind of state.
+"""What RetNet and the Transformer share: all but the mixer of tokens and the kind of its state.
 
 Shapes: B rows, T tokens, D width; tokens `[B,T]`, hidden states `[B,T,D]`, logits `[B,T,vocab]`.
 """
@@ -22,19 +22,20 @@ from retentive.models.state import LayerState, RetNetState
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks, norm, head. Any number of tokens at any time: prefill, decoding and continuation are one call.
+    """Embedding, blocks, norm, head. Prefill, decoding and continuation are one and the same call.
 
-    A subclass gives `blocks`, each called as `block(x, layer state | None, layout) -> (x, layer state | None)`, the
-    `rotation` of its positions, and `empty_state` of a layer.
+    A model has its blocks, each `block(x, layer_state, layout) -> (x, layer_state)`, the rotation
+    of its positions, and the kind of its layers' states (`empty_layer_state`).
 
-    Built under `torch.device("meta")` a model has shapes only; elsewhere its weights are initialised, too.
-    `checkpoint_layers` trades time for memory in training: only the input of each block is kept.
+    Built under `torch.device("meta")` it has shapes only; elsewhere weights are initialised, too.
+    `checkpoint_layers`: in training keep the inputs of the blocks only and compute the rest again.
     """
 
     def __init__(self, config: ModelConfig, blocks: Sequence[nn.Module], rotation: Rotation):
         super().__init__()
         self.config = config
         self.checkpoint_layers = False
+        self.rotation = rotation
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = dropout(config)
         self.layers = nn.ModuleList(blocks)
@@ -42,11 +43,10 @@ class LanguageModel(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotation = rotation
         if not self.embed_tokens.weight.is_meta:
             self.init_weights()
 
-    # ------------------------------------------------------------------ calls
+    # Calls
 
     def forward(
         self,
@@ -55,10 +55,10 @@ class LanguageModel(nn.Module):
         *,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, RetNetState]:
-        """Logits `[B,T,vocab]` and the state after these tokens; `state` is what an earlier call gave, unchanged by this.
+        """Logits and the state after these tokens, going on from `state`, which is left as it is.
 
-        padding_mask: bool `[B,T]`, True where a token is real. Each row then counts as if it stood alone without its
-        pads, wherever they are; their logits are zero.
+        padding_mask: bool `[B,T]`, True where a token is real. Logits and state of a row are those
+        of the row alone without its pads, wherever they are; logits at pads are zero.
         """
         layout = self.layout(tokens, state, padding_mask)
         h, after = self.hidden(layout.unpad(tokens), state, layout=layout)
@@ -68,10 +68,10 @@ class LanguageModel(nn.Module):
     def hidden(
         self, tokens: Tensor, state: RetNetState | None = None, *, layout: Layout | None = None
     ) -> tuple[Tensor, RetNetState | None]:
-        """Normed hidden states and the state after; `tokens` may be embeddings `[B,T,D]`.
+        """Normed hidden states and the state after; tokens may be embeddings `[B,T,D]`.
 
-        With a `layout` (from `layout` or `packed_layout`) the tokens are in its form: `[1,total]` where it is packed.
-        The state is None only where the layout does not keep it.
+        With a layout (of `layout` or `packed_layout`) the tokens come in its form, `[1,total]`
+        where it is packed. There is no state after only if the layout says that nobody wants it.
         """
         if layout is None:
             layout = self.layout(tokens, state)
@@ -89,22 +89,22 @@ class LanguageModel(nn.Module):
         return h, RetNetState(layout.next_positions, after) if layout.keeps_state else None
 
     def head(self, h: Tensor) -> Tensor:
-        """Logits of hidden states `[...,D]`."""
+        """Logits `[...,vocab]` of hidden states `[...,D]`."""
         return F.linear(h, self.head_weight)
 
     def loss(self, h: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-        """Cross entropy of `head(h)` against `targets` (-100: none), in nats, "mean" or "sum" over the targets.
+        """Cross entropy in nats of `head(h)` against targets, -100 for none; "mean" or "sum".
 
-        The logits never exist whole: see `retentive.models.loss`.
+        The logits never exist as a whole (`retentive.models.loss`).
         """
         return linear_cross_entropy(h, self.head_weight, targets, reduction)
 
-    # ------------------------------------------------------------------ layouts
+    # Layouts
 
     def layout(
         self, tokens: Tensor, state: RetNetState | None = None, padding_mask: Tensor | None = None
     ) -> Layout:
-        """The layout of `tokens` `[B,T]` (or embeddings `[B,T,D]`): dense, or packed from padding."""
+        """Of tokens `[B,T]` or embeddings `[B,T,D]`: dense, or packed where some are padding."""
         if tokens.ndim < 2 or 0 in tokens.shape:
             raise InputError(f"tokens are {list(tokens.shape)}; give [B,T] with at least one token")
         shape = (tokens.shape[0], tokens.shape[1])
@@ -113,35 +113,42 @@ class LanguageModel(nn.Module):
             return layouts.dense(self._angles, shape, start, tokens.device)
         if padding_mask.shape != shape:
             raise InputError(
-                f"padding_mask is {list(padding_mask.shape)} for tokens {list(shape)}; give one entry a token"
+                f"padding_mask is {list(padding_mask.shape)} for tokens {list(shape)};"
+                " give an entry for each token"
             )
         return layouts.padded(self._angles, padding_mask.bool(), start)
 
     def packed_layout(
         self, cu_seqlens: Tensor, *, rows: int | None = None, state: RetNetState | None = None
     ) -> Layout:
-        """The layout of sequences packed in one row of tokens `[1,total]`: see `layouts.packed`."""
+        """Of sequences packed as tokens `[1,total]`; see `retentive.models.layout.packed`."""
         start = None
         if state is not None:
-            start = self._positions(state, rows or len(cu_seqlens) - 1)
+            start = self._positions(state, len(cu_seqlens) - 1 if rows is None else rows)
         return layouts.packed(self._angles, cu_seqlens, rows, start, self.device)
 
     def _angles(self, positions: Tensor) -> Angles:
         return self.rotation(positions, self.exact_dtype)
 
-    # ------------------------------------------------------------------ state and weights
+    # State and weights
 
     def init_state(self, batch: int, capacity: int | None = None) -> RetNetState:
-        """The state of `batch` rows that have read nothing. `capacity`: tokens to make room for, where that costs."""
+        """The state of rows that have read nothing, with room for `capacity` tokens if it grows."""
         positions = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        empty = [self.empty_layer_state(batch, capacity) for _ in self.layers]
-        return RetNetState(positions, empty)
+        return RetNetState(
+            positions, [self.empty_layer_state(batch, capacity) for _ in self.layers]
+        )
 
     def empty_layer_state(self, batch: int, capacity: int | None) -> LayerState:
         raise NotImplementedError
 
+    @property
+    def layer_signature(self) -> tuple[Any, ...]:
+        """The `signature` of this model's layer states."""
+        raise NotImplementedError
+
     def init_weights(self, seed: int | None = None) -> None:
-        """Values for all parameters, by `config.initialization`; a `seed` makes them reproducible on a device."""
+        """Values for all parameters by `config.initialization`; a seed makes them reproducible."""
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -154,7 +161,7 @@ class LanguageModel(nn.Module):
             block.init_weights(self.config, generator)  # pyright: ignore[reportCallIssue]
 
     def num_parameters(self) -> int:
-        """Weights, a tied one counted once."""
+        """Of all weights; a tied one counts once."""
         return sum(weight.numel() for weight in self.parameters())
 
     @property
@@ -170,7 +177,7 @@ class LanguageModel(nn.Module):
         """Of angles and retention states: float64 in a float64 model, float32 in any other."""
         return torch.promote_types(self.embed_tokens.weight.dtype, torch.float32)
 
-    # ------------------------------------------------------------------ checks
+    # What a caller may get wrong
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.is_floating_point():
@@ -178,19 +185,18 @@ class LanguageModel(nn.Module):
         try:
             return self.embed_tokens(tokens)
         except IndexError:
-            low, high = tokens.min().item(), tokens.max().item()
             raise InputError(
-                f"tokens run from {low} to {high}; this model's vocabulary has 0 to {self.config.vocab_size - 1}"
+                f"tokens run from {int(tokens.min())} to {int(tokens.max())};"
+                f" this model's are 0 to {self.config.vocab_size - 1}"
             ) from None
 
     def _positions(self, state: RetNetState, rows: int) -> Tensor:
         if not isinstance(state, RetNetState):
-            raise InputError(
-                f"state is a {type(state).__name__}; give a RetNetState of this model or None"
-            )
+            raise InputError(f"the state is a {type(state).__name__}; give a RetNetState or None")
         if state.batch_size != rows:
             raise InputError(
-                f"the state has {state.batch_size} rows for a batch of {rows}; select or concat its rows"
+                f"the state has {state.batch_size} rows, the batch {rows};"
+                " select or concat the rows of the state"
             )
         return state.positions
 
@@ -198,14 +204,14 @@ class LanguageModel(nn.Module):
         rows, length = layout.positions.shape
         if tokens.shape[1] != length or rows not in (1, tokens.shape[0]):
             raise InputError(
-                f"tokens are {list(tokens.shape[:2])} for a layout of {[rows, length]}; unpad or flatten them first"
+                f"tokens are {list(tokens.shape[:2])} for a layout of {[rows, length]};"
+                " bring them into its form first"
             )
         if state is None:
             return
         self._positions(state, layout.rows)
-        expected = self.empty_layer_state(0, 0)
-        given = [(layer.kind, layer.row_shape) for layer in state.layers]
-        if given != [(expected.kind, expected.row_shape)] * len(self.layers):
+        expected = [self.layer_signature] * len(self.layers)
+        if [layer.signature for layer in state.layers] != expected:
             raise InputError(
-                "the state belongs to another model: give one that this model made, or None"
+                "the state is of another model; give one that this model made, or None"
             )

@@ -1,9 +1,9 @@
-"""Multi-scale retention, the feed-forward network and the norms (paper §2).
+"""Multi-scale retention, the feed-forward network and what else blocks are made of (paper §2).
 
 Shapes: B rows, T tokens, D width, H heads, K and V head dims; x `[B,T,D]`, state `[B,H,K,V]`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,18 +13,20 @@ from torch.nn import init
 from torch.utils.checkpoint import checkpoint
 
 from retentive.errors import InputError
-from retentive.models.config import ModelConfig
+from retentive.models.config import Activation, Decay, ModelConfig, Norm, RetNetConfig, RotationRule
 from retentive.models.layout import Constant, Layout, Rotation, rotate
 from retentive.ops import retention
 from retentive.ops.decay import log_decay
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swish": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "swish": F.silu}
+HEAD_NORMS = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
 
 
 class MultiScaleRetention(nn.Module):
     """Gated multi-scale retention: MSR(X) = (swish(X W_G) ⊙ HeadNorm(Retention(X))) W_O.
 
-    `form`, `backend` and `chunk_size` say how retention is computed (see `retentive.ops.retention`), not what.
+    Usable in any model. The options mean what they mean in `RetNetConfig`. The attributes `form`,
+    `backend` and `chunk_size` choose how retention is computed, not what (`retentive.ops`).
     """
 
     def __init__(
@@ -34,32 +36,44 @@ class MultiScaleRetention(nn.Module):
         *,
         qk_dim: int | None = None,
         value_dim: int | None = None,
-        decay: str | Sequence[float] = "power",
-        rotation: str = "official",
+        decay: Decay = "power",
+        rotation: RotationRule = "official",
         rotation_base: float = 10000.0,
         row_scale: bool = False,
-        head_norm: str = "layernorm",
+        head_norm: Norm = "layernorm",
         head_norm_eps: float = 1e-6,
     ):
         super().__init__()
-        qk_dim = hidden_size if qk_dim is None else qk_dim
-        value_dim = 2 * hidden_size if value_dim is None else value_dim
-        decays = log_decay(num_heads, decay)
-        key_dim = qk_dim // num_heads
-        self.num_heads = num_heads
-        self.log_decay = Constant(decays)
-        self.rotation = Rotation(
-            key_dim, rotation, rotation_base, key_dim**-0.5, decays if row_scale else None
+        config = RetNetConfig(  # fills in and checks
+            vocab_size=1,
+            hidden_size=hidden_size,
+            num_hidden_layers=1,
+            num_heads=num_heads,
+            qk_dim=qk_dim,
+            value_dim=value_dim,
+            decay=decay,
+            rotation=rotation,
+            rotation_base=rotation_base,
+            head_norm=head_norm,
+            head_norm_eps=head_norm_eps,
         )
-        self.head_norm = F.layer_norm if head_norm == "layernorm" else F.rms_norm
+        self.num_heads = num_heads
+        self.head_norm = HEAD_NORMS[head_norm]
         self.head_norm_eps = head_norm_eps
-        self.form, self.backend, self.chunk_size = "auto", "auto", None
+        self.form: str = "auto"
+        self.backend: str = "auto"
+        self.chunk_size: int | None = None
 
-        self.q_proj = nn.Linear(hidden_size, qk_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, qk_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, value_dim, bias=False)
-        self.g_proj = nn.Linear(hidden_size, value_dim, bias=False)
-        self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
+        decays = log_decay(num_heads, decay)
+        K, V = config.qk_head_dim, config.value_head_dim
+        self.log_decay = Constant(decays)
+        scale_by = decays if row_scale else None
+        self.rotation = Rotation(K, rotation, rotation_base, K**-0.5, scale_by)
+        self.q_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_heads * V, bias=False)
+        self.g_proj = nn.Linear(hidden_size, num_heads * V, bias=False)
+        self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=False)
 
     def forward(
         self,
@@ -69,14 +83,15 @@ class MultiScaleRetention(nn.Module):
         *,
         layout: Layout | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """y `[B,T,D]` and the state after the last token, for x `[B,T,D]` and the state before the first.
+        """y `[B,T,D]` and the state after the last token.
 
-        positions: int64 `[B,T]`, consecutive in each row. Without, rows begin at 0; a call that goes on from a state
-        must say where it stands, since the keys in the state are turned by their positions.
-        layout: says it all instead, made once for many layers (`retentive.models.layout`).
+        state: of an earlier call, or None for none.
+        positions: int64 `[B,T]`, consecutive in each row; from 0 if left out. With a state they
+            must be given: the keys in it were turned by theirs.
+        layout: all of it at once, made once for many layers (`retentive.models.layout`).
         """
         if layout is None:
-            layout = self._own_layout(x, state, positions)
+            layout = self._layout(x, state, positions)
         angles = layout.angles
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, -1))
@@ -86,7 +101,7 @@ class MultiScaleRetention(nn.Module):
             rotate(q, angles.cos, angles.sin),
             rotate(k, angles.key_cos, angles.key_sin),
             v,
-            self.log_decay.value,
+            self.log_decay.on(x.device),
             state=layout.enter(state),
             cu_seqlens=layout.cu_seqlens,
             form=self.form,
@@ -101,14 +116,12 @@ class MultiScaleRetention(nn.Module):
         normed = self.head_norm(o, o.shape[-1:], eps=self.head_norm_eps)
         return self.o_proj(F.silu(gate) * normed.flatten(-2))
 
-    def _own_layout(self, x: Tensor, state: Tensor | None, positions: Tensor | None) -> Layout:
+    def _layout(self, x: Tensor, state: Tensor | None, positions: Tensor | None) -> Layout:
         if positions is None:
             if state is not None:
-                raise InputError(
-                    "a state without positions; give the positions [B,T] of the tokens"
-                )
-            positions = torch.arange(x.shape[1], device=x.device)[None]
-        if positions.shape[-1] != x.shape[1]:
+                raise InputError("a state came without positions; give those of the tokens, [B,T]")
+            positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        if positions.ndim != 2 or positions.shape[1] != x.shape[1]:
             raise InputError(
                 f"positions are {list(positions.shape)} for x {list(x.shape)}; give [B,T]"
             )
@@ -116,12 +129,9 @@ class MultiScaleRetention(nn.Module):
         return Layout(positions, self.rotation(positions, dtype), positions[:, -1] + 1)
 
     def init_weights(
-        self,
-        initialization: str = "official",
-        depth: int = 1,
-        generator: torch.Generator | None = None,
+        self, initialization: str, depth: int, generator: torch.Generator | None = None
     ) -> None:
-        """ "official": the authors' code. "paper": DeepNet's for `depth` layers, whose gain shrinks what is written."""
+        """ "official": the authors' code's. "paper": DeepNet's, in a model of `depth` layers."""
         if initialization == "official":
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
                 init.xavier_uniform_(projection.weight, 2**-2.5, generator)
@@ -136,7 +146,7 @@ class MultiScaleRetention(nn.Module):
 class FeedForward(nn.Module):
     """FFN(X) = act(X W_up) W_down, or gated: (act(X W_gate) ⊙ X W_up) W_down."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, act: str, gated: bool):
+    def __init__(self, hidden_size: int, intermediate_size: int, act: Activation, gated: bool):
         super().__init__()
         self.act = ACTIVATIONS[act]
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False) if gated else None
@@ -144,15 +154,16 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        return recomputed(self._output, up, None if self.gate_proj is None else self.gate_proj(x))
+        gate = None if self.gate_proj is None else self.gate_proj(x)
+        return recomputed(self._output, self.up_proj(x), gate)
 
     def _output(self, up: Tensor, gate: Tensor | None) -> Tensor:
         return self.down_proj(self.act(up) if gate is None else self.act(gate) * up)
 
     def init_weights(
-        self, initialization: str, depth: int, generator: torch.Generator | None
+        self, initialization: str, depth: int, generator: torch.Generator | None = None
     ) -> None:
+        """As in `MultiScaleRetention`; the authors' code has torch's own for linear layers here."""
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
             if projection is None:
                 continue
@@ -166,8 +177,8 @@ class FeedForward(nn.Module):
 def recomputed(segment: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """`segment(*inputs)`, of which only the inputs are kept for the backward.
 
-    The rest is computed again when it is needed, up to the last tensor that is: of a few elementwise steps and a final
-    projection, the steps but not the product. That takes a third off the memory of training for 1 % of its time.
+    The backward runs it again up to the last tensor it needs: of some elementwise steps and a
+    projection after them the steps, but not the product. Training takes a third less memory for it.
     """
     if not torch.is_grad_enabled():
         return segment(*inputs)
@@ -188,5 +199,5 @@ def dropout(config: ModelConfig) -> nn.Module:
 
 
 def deepnet_gain(depth: int) -> float:
-    """β = (8L)^(-1/4), the gain of a decoder's values, outputs and FFNs (DeepNet, arXiv 2203.00555)."""
+    """β = (8L)^(-1/4): what DeepNet (arXiv 2203.00555) shrinks all that is written by."""
     return (8 * depth) ** -0.25

@@ -17,10 +17,11 @@ REDUCTIONS = ("mean", "sum")
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """The cross entropy of `h @ weight.T` against `targets`, in nats, "mean" or "sum" over those that are not -100.
+    """Of `h @ weight.T` against targets, in nats: "mean" or "sum" over those that are not -100.
 
-    h `[...,D]`, targets `[...]`. While a chunk's logits are at hand its gradients are formed, too, so logits are
-    computed once and never exist whole. Products run in the autocast dtype, softmax and sums in float32.
+    h `[...,D]`, targets `[...]`. The gradients of a chunk are formed while its logits are at hand:
+    logits are computed once and never exist as a whole. Products run in the autocast dtype, the
+    softmax and all sums in float32 (float64 for float64).
     """
     if reduction not in REDUCTIONS:
         raise InputError(f"unknown reduction {reduction!r}; choose {' or '.join(REDUCTIONS)}")
@@ -78,7 +79,7 @@ class _LinearCrossEntropy(Function):
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Tokens whose logits are formed at once: 16 MB of them on a CPU (its cache), 256 MB elsewhere."""
+    """Tokens whose logits are formed at once: 16 MB on a CPU, for its cache, 256 MB elsewhere."""
     return max(128, (2**22 if device.type == "cpu" else 2**26) // vocab_size)
 
 
@@ -89,6 +90,6 @@ def _check_range(targets: Tensor, vocab_size: int) -> None:
     real = targets[targets != IGNORED]
     if real.numel() and not (0 <= int(real.min()) and int(real.max()) < vocab_size):
         raise InputError(
-            f"targets run from {int(real.min())} to {int(real.max())}; this model's vocabulary has 0 to"
-            f" {vocab_size - 1}, and {IGNORED} for none"
+            f"targets run from {int(real.min())} to {int(real.max())};"
+            f" this model's are 0 to {vocab_size - 1}, and {IGNORED} for none"
         )

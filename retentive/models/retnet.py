@@ -1,6 +1,6 @@
 """RetNet: a language model whose layers mix tokens by multi-scale retention (paper §2)."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,15 @@ class RetNet(LanguageModel):
         super().__init__(config, blocks, blocks[0].retention.rotation)
 
     def empty_layer_state(self, batch: int, capacity: int | None) -> RetentionState:
-        heads, K, V = self.config.num_heads, self.config.qk_head_dim, self.config.value_head_dim
-        shape = (batch, heads, K, V)
-        return RetentionState(torch.zeros(shape, dtype=self.exact_dtype, device=self.device))
+        _, *sizes = self.layer_signature
+        return RetentionState(
+            torch.zeros(batch, *sizes, dtype=self.exact_dtype, device=self.device)
+        )
+
+    @property
+    def layer_signature(self) -> tuple[Any, ...]:
+        config = self.config
+        return (RetentionState.kind, config.num_heads, config.qk_head_dim, config.value_head_dim)
 
     def use(
         self, *, form: str = "auto", backend: str = "auto", chunk_size: int | None = None

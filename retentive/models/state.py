@@ -29,8 +29,8 @@ class LayerState(Protocol):
     kind: ClassVar[str]
 
     @property
-    def row_shape(self) -> tuple[int, ...]:
-        """What must agree with the layer, whatever has been read."""
+    def signature(self) -> tuple[Any, ...]:
+        """What must agree with a layer for the state to be of its kind: the kind and the sizes."""
         ...
 
     @property
@@ -56,8 +56,8 @@ class RetentionState:
     kind: ClassVar[str] = "retention"
 
     @property
-    def row_shape(self) -> tuple[int, ...]:
-        return tuple(self.S.shape[1:])
+    def signature(self) -> tuple[Any, ...]:
+        return (self.kind, *self.S.shape[1:])
 
     @property
     def nbytes(self) -> int:
@@ -95,9 +95,9 @@ KINDS: dict[str, type[LayerState]] = {kind.kind: kind for kind in (RetentionStat
 
 @dataclass(frozen=True)
 class RetNetState:
-    """positions: tokens each row has read, int64 `[B]`; layers: a state a layer.
+    """What any of our models remembers. `forward` never changes one: keep it, branch from it.
 
-    The state of any of our models. `forward` never changes one; it may be kept, branched and gone on from at will.
+    positions: how many tokens each row has read, int64 `[B]`. layers: the state of each layer.
     """
 
     positions: Tensor
@@ -113,7 +113,7 @@ class RetNetState:
         return sum(layer.nbytes for layer in self.layers)
 
     def select(self, rows: Tensor | Sequence[int]) -> Self:
-        """The given rows, in that order, repeats allowed: beams, or the rows of a batch that are not done."""
+        """The given rows in that order, repeats allowed: beams, or those of a batch still going."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.positions.device)
         layers = [layer.select(index) for layer in self.layers]
         return type(self)(self.positions.index_select(0, index), layers)
@@ -143,7 +143,7 @@ class RetNetState:
         extra: dict[str, Any] | None = None,
         tensors: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write the state, the `fingerprint` of its model, and whatever JSON and tensors go with it."""
+        """Writes it with the `fingerprint` of its model, and what JSON and tensors go with it."""
         held = {"positions": self.positions}
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.tensors().items():
@@ -156,13 +156,17 @@ class RetNetState:
     def load(
         cls, path: str | Path, *, model: "LanguageModel"
     ) -> tuple[Self, dict[str, Any], dict[str, Tensor]]:
-        """The state on the model's device, and what `save` was given besides. Refuses the state of another model."""
+        """The state, on the model's device, and the `extra` and `tensors` saved with it.
+
+        Raises InputError where the file is missing or broken, or its model another than `model`.
+        """
         held, metadata = read_tensors(path, "state file")
         if metadata.get("format") != FORMAT:
             raise InputError(f"{path} holds no saved state; give a file written by --save-state")
         if metadata["fingerprint"] != fingerprint_of(model):
             raise InputError(
-                f"the state in {path} was saved with another model or other weights; use it with the model that wrote it"
+                f"the state in {path} is of another model or other weights;"
+                " use the model that wrote it"
             )
         extra = {k.removeprefix("extra."): v for k, v in held.items() if k.startswith("extra.")}
         state = cls._from_tensors(held).to(model.device)

@@ -1,10 +1,11 @@
-"""The baseline: a pre-norm Transformer with rotary positions, grouped-query attention and a cache of keys and values.
+"""The baseline: a pre-norm Transformer with rotary positions and a cache of keys and values.
 
-Shapes: B rows, T tokens, S keys, H query heads, G key-value heads, d head dim; x `[B,T,D]`; once rotated, heads go
-before tokens: q `[B,H,T,d]`, k and v `[B,G,S,d]`.
+Shapes: B rows, T tokens, S keys, D width, H query heads, G key-value heads, d head dim. x is
+`[B,T,D]`; once rotated, heads go before tokens: q `[B,H,T,d]`, k and v `[B,G,S,d]`.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,8 @@ def attend(q: Tensor, kv: Pair, positions: Tensor | None = None) -> Tensor:
     rows, heads, queries, head_dim = q.shape
     keys = k.shape[2]
     if queries == 1 and positions is None:
-        # One query sees every key: a group of heads is like so many queries of one head, and reads its keys once.
+        # One query sees all keys. The heads of a group are like queries of one head: keys are read
+        # once for all of them.
         o = F.scaled_dot_product_attention(q.reshape(rows, k.shape[1], -1, head_dim), k, v)
         return o.reshape(rows, heads, 1, head_dim)
     mask = None
@@ -86,7 +88,7 @@ def attend(q: Tensor, kv: Pair, positions: Tensor | None = None) -> Tensor:
 def _packed(
     q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, layout: Layout
 ) -> tuple[Tensor, KVCache | None]:
-    """Sequence by sequence; a row's cache goes before the sequence it enters, and keeps the one it leaves by."""
+    """Sequence by sequence. A row's cache enters one and afterwards holds the one it leaves by."""
     assert layout.cu_seqlens is not None
     pieces = list(pairwise(layout.cu_seqlens.tolist()))
     rows = range(layout.rows)
@@ -147,3 +149,7 @@ class Transformer(LanguageModel):
     def empty_layer_state(self, batch: int, capacity: int | None) -> KVCache:
         heads, head_dim = self.config.kv_heads, self.config.head_dim
         return KVCache.empty(batch, capacity or 0, heads, head_dim, self.embed_tokens.weight)
+
+    @property
+    def layer_signature(self) -> tuple[Any, ...]:
+        return (KVCache.kind, self.config.kv_heads, self.config.head_dim)

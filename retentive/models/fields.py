@@ -1,0 +1,49 @@
+"""Checks the values of a config dataclass against its annotations."""
+
+import types
+import typing
+from typing import Any, ClassVar, Literal
+
+from retentive.errors import InputError, nearest
+
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
+
+
+def check_types(config: Any) -> None:
+    """Raises InputError for a field whose value does not fit; a Literal's nearest word is named."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if typing.get_origin(hint) is not ClassVar and not _fits(value, hint):
+            close = nearest(value, _words(hint)) if isinstance(value, str) else ""
+            raise InputError(f"{name} is {value!r}{close}; give {_describe(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in options
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in options)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
+    if hint in (int, float):
+        number = int if hint is int else (int, float)
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> list[str]:
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint))
+    return [word for option in typing.get_args(hint) for word in _words(option)]
+
+
+def _describe(hint: Any) -> str:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(options)
+    if origin is tuple:
+        return "a list of numbers"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_describe(option) for option in options)
+    return NAMES[hint]
