@@ -176,7 +176,7 @@ def show(result: dict[str, Any]) -> None:
             tokens = f"{case['tokens']}" if n == 0 else ""
             name = f"{row['name']} {row['version']}"
             if "error" in row:
-                table.add_row(tokens, name, "", row["error"], "", "", "")
+                table.add_row(tokens, f"{name}\n{row['error']}")
                 continue
             seconds = _median_seconds(row)
             totals = [sum(s) for s in row["seconds"]]

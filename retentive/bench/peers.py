@@ -60,7 +60,7 @@ class PeerOp:
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()  # closes its pipes
             self._process = None
 
     def _start(self) -> subprocess.Popen[str]:
