@@ -33,7 +33,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, *, resume: bool) -> "RunFolder":
-        """Makes a new run's folder, or finds the one to resume. InputError where it is the other."""
+        """Makes a new run's folder, or finds the one to resume. InputError: it is the other."""
         run, checkpoints = cls(path), path / "checkpoints"
         if resume and not checkpoints.is_dir():
             raise InputError(

@@ -38,12 +38,12 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False):
+        self._events = _summary_writer(folder, step) if tensorboard else None
         self.path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(aside, self.path)
-        self._events = _summary_writer(folder, step) if tensorboard else None
 
     def write(self, step: int, **values: Any) -> None:
         # Closed each time, so that a killed run keeps every line.

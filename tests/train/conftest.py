@@ -33,7 +33,7 @@ def table(texts: Path) -> dict[str, Any]:
             "batch_size": 4,
             "seq_len": 32,
             "save_every": 2,
-            "valid_every": 3,
+            "valid_every": 0,
             "valid_tokens": 500,
             "sample_every": 0,
             "sample_tokens": 4,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_rows(tiny: Tiny, corpus: Co
     total = torch.zeros((), dtype=torch.float64)
     bounds = batch.cu_seqlens.tolist()
     with torch.no_grad():
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             logits, _ = trainer.model(tokens[None, start:stop])
             total += F.cross_entropy(logits[0], targets[start:stop], reduction="sum")
     expected = total / (targets != -100).sum()
@@ -149,7 +150,7 @@ def test_a_restored_trainer_makes_the_same_updates(
 def test_bits_per_byte_count_every_held_out_byte_once(
     tiny: Tiny, corpus: Corpus, kind: str, seq_len: int
 ):
-    """Against each document read alone: a RetNet's rows may cut it, a Transformer's hold it whole."""
+    """Against each document alone: a RetNet's rows may cut it, a Transformer's hold it whole."""
     model = Trainer(tiny(model={"kind": kind}, train=EXACT), corpus).model.eval()
     nats, tokens = 0.0, 0
     for document in corpus.valid_documents():
