@@ -1,10 +1,14 @@
 """A run from its first step, or from its last checkpoint, to its end."""
 
+import contextlib
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from retentive.data.dataset import Corpus, prepare
 from retentive.data.tokenizer import save_tokenizer
@@ -27,15 +31,13 @@ ORDER_KEYS = ("seed", "batch_size", "seq_len", "carry_state")
 
 @dataclass(frozen=True)
 class Result:
-    """Where a run stands. The losses are of its last validation: over all held-out text once the
-    run is finished.
-    """
+    """Where a run stands, with its last validation: over all held-out text once it is finished."""
 
     folder: Path
     step: int
     steps: int
     valid_loss: float | None
-    """Nats a token."""
+    """Nats a token; None, as are the bits, where nothing has been validated."""
     bits_per_byte: float | None
 
     @property
@@ -46,8 +48,7 @@ class Result:
 def train(
     config: RunConfig, folder: str | Path, *, resume: bool = False, quiet: bool = False
 ) -> Result:
-    """Trains a model into `folder`, which is a model folder then; with `resume`, from the last
-    checkpoint in it.
+    """Trains a model into `folder`, which is a model folder then; `resume`: from where it stopped.
 
     SIGINT and SIGTERM end it after the step they fall in, saved. Progress goes to stderr unless
     `quiet`.
@@ -57,7 +58,7 @@ def train(
     the model and the data refuse.
     """
     run_folder = RunFolder.open(Path(folder), resume=resume)
-    corpus = prepare(config.data)
+    corpus = prepare(config.data, progress=None if quiet else _tell)
     run = Run(config, run_folder, corpus)
     if run.step < config.train.steps:
         run.go(quiet)
@@ -72,35 +73,39 @@ def train(
     )
 
 
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 class Run:
     """A trainer, the folder it is saved in, and what is reported on the way."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, corpus: Corpus):
         self.config, self.folder, self.corpus = config, folder, corpus
         self.model_config = config.model.build(corpus.vocab_size)
-        checkpoint = folder.newest()
-        before = (
-            json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
-            if checkpoint
-            else {"step": 0, "seconds": 0.0}
-        )
-        if checkpoint:
+        before: dict[str, Any] = {"step": 0, "seconds": 0.0}
+        if checkpoint := folder.newest():
+            before = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
             _check_unchanged(folder.path, before, self.description())
-            folder.publish(checkpoint)  # a kill may have come between the checkpoint and this
         self.trainer = Trainer(config, corpus, checkpoint)
         self.trainer.step = before["step"]
-        self.seconds: float = before["seconds"]
+        self._began = time.perf_counter() - before["seconds"]
         with folder.writes(folder.path):
+            if checkpoint:
+                folder.publish(checkpoint)  # a kill may have come between the checkpoint and this
             self.log = MetricsLog(folder.path, before["step"], config.train.tensorboard)
 
     @property
     def step(self) -> int:
         return self.trainer.step
 
+    @property
+    def seconds(self) -> float:
+        """Since the run began, the time between a stop and its resume left out."""
+        return time.perf_counter() - self._began
+
     def description(self) -> dict[str, Any]:
-        """What the run is: its config, the model with every size resolved, and the corpus by its
-        content.
-        """
+        """What is trained on what: the config, the model with its sizes, the corpus's content."""
         return {
             "config": self.config.to_table(),
             "model": self.model_config.to_dict(),
@@ -108,30 +113,23 @@ class Run:
         }
 
     def go(self, quiet: bool) -> None:
-        """Updates, reports and saves up to the last step, or up to the one in which a stop is asked
-        for.
-        """
-        train = self.config.train
-        gemm_rate = measure_gemm_rate(self.trainer.device, self.trainer.dtype)
+        """Steps up to the last one, or up to the one in which a stop is asked for; saved then."""
+        train, trainer = self.config.train, self.trainer
+        gemm_rate = measure_gemm_rate(trainer.device, trainer.dtype)
         flops = 3 * flops_per_token(self.model_config, (train.seq_len + 1) / 2)
-        began = time.perf_counter() - self.seconds
         with (
+            contextlib.closing(self.log),
             stop_requests() as stop,
             Display(self.step, train.steps, flops / gemm_rate, quiet) as display,
         ):
-            while True:
-                start = time.perf_counter()
-                update = self.trainer.update()
-                now = time.perf_counter()
-                self.seconds = now - began
-                speed = update["tokens"] / (now - start)
-                display.update(self.step, update["loss"], speed)
-                self._record(
-                    **update,
-                    tokens_per_second=round(speed, 1),
-                    gemm_fraction=round(speed * flops / gemm_rate, 4),
-                    seconds=round(self.seconds, 2),
-                )
+            display.say(
+                f"{trainer.model.num_parameters() / 1e6:.1f}M parameters, "
+                f"{self.corpus.train.num_tokens / 1e6:.1f}M tokens to train on; {trainer.device}, "
+                f"{str(trainer.dtype).removeprefix('torch.')}, GEMM {gemm_rate / 1e9:,.0f} GFLOP/s"
+            )
+            stopping = False
+            while self.step < train.steps and not stopping:
+                self._update(display, flops / gemm_rate)
                 if self.corpus.valid.num_tokens and self._due(train.valid_every):
                     self._validate(display)
                 if self._due(train.sample_every):
@@ -139,8 +137,25 @@ class Run:
                 stopping = stop.made
                 if stopping or self._due(train.save_every):
                     self._save()
-                if stopping or self.step == train.steps:
-                    break
+
+    def _update(self, display: Display, gemm_seconds: float) -> None:
+        """`gemm_seconds`: what a token would take at the machine's GEMM rate."""
+        start = time.perf_counter()
+        try:
+            update = self.trainer.update()
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"step {self.step + 1} needs more memory than {self.trainer.device} has; lower "
+                "--train.micro-batch (which changes no result), or set --train.checkpoint-layers"
+            ) from None
+        speed = update["tokens"] / (time.perf_counter() - start)
+        display.update(self.step, update["loss"], speed)
+        self._record(
+            **update,
+            tokens_per_second=round(speed, 1),
+            gemm_fraction=round(speed * gemm_seconds, 4),
+            seconds=round(self.seconds, 2),
+        )
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)

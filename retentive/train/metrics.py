@@ -93,8 +93,9 @@ def plot_curve(records: list[Record], path: Path) -> None:
     os.replace(aside, path)
 
 
-def _running_mean(values: list[float], smoothing: float = 0.95) -> list[float]:
-    """Exponential mean, corrected for its start as Adam's is."""
+def _running_mean(values: list[float]) -> list[float]:
+    """Exponential mean over a fiftieth of the values, corrected for its start as Adam's is."""
+    smoothing = 1 - 1 / (1 + len(values) / 50)
     means, mean = [], 0.0
     for n, value in enumerate(values, start=1):
         mean = smoothing * mean + (1 - smoothing) * value

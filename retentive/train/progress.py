@@ -24,6 +24,7 @@ class Display:
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(compact=True),
+            TextColumn("left"),
             console=self.console,
             disable=not self.console.is_terminal,
         )

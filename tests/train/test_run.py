@@ -331,6 +331,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny: Tiny, tmp_path: Path):
     assert RunFolder(tmp_path / "run").newest() == tmp_path / "run/checkpoints/step-00000001"
 
 
+def test_a_gpu_too_small_is_told_what_helps(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fill(self: Trainer) -> dict[str, float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "update", fill)
+    with pytest.raises(InputError, match=r"step 1 needs more memory.*--train\.micro-batch"):
+        train(tiny(), tmp_path / "run", quiet=True)
+
+
 def test_tensorboard_that_is_not_installed(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
