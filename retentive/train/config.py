@@ -21,19 +21,15 @@ Table = dict[str, Any]
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """[model]: a named size, fields of RetNetConfig that differ from it, or all the fields without
-    a size.
+    """[model]: a named size and the fields of RetNetConfig that differ from it, or all the fields.
 
-    `kind = "transformer"` takes the Transformer baseline of the same width, depth and parameter
-    count.
+    `kind = "transformer"` takes the baseline of the same width, depth and number of parameters.
     """
 
     kind: Literal["retnet", "transformer"] = "retnet"
     size: str | None = None
     num_kv_heads: int | None = None
-    """Transformer only: key-value heads (grouped-query attention); as many as query heads by
-    default.
-    """
+    """Of a Transformer, for grouped-query attention; by default as many as query heads."""
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -64,9 +60,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """[optimizer]: AdamW; the defaults are the paper's (learning rate: of its 200M and 1.3B
-    models).
-    """
+    """[optimizer]: AdamW with the paper's settings (its learning rate for 200M and 1.3B)."""
 
     lr: float = 6e-4
     betas: tuple[float, float] = (0.9, 0.98)
@@ -103,9 +97,7 @@ class TrainConfig:
     batch_size: int = 8
     """Rows of one update."""
     micro_batch: int | None = None
-    """Rows that pass through the model at once: fewer save memory and change nothing else. Default:
-    all of them.
-    """
+    """Rows that go through the model at once; fewer take less memory. By default all of them."""
     seq_len: int = 512
     """Tokens of a row."""
     carry_state: bool = False
@@ -114,15 +106,11 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: str = "auto"
-    """Of the arithmetic; weights stay float32 (float64 excepted). auto is bfloat16 on CUDA, else
-    float32.
-    """
+    """Of products: auto (bfloat16 on CUDA, else float32), float32, bfloat16; float64 of all."""
     compile: bool = False
     """torch.compile for every layer."""
     checkpoint_layers: bool = False
-    """Activation checkpointing: computes each layer twice to keep one layer's activations at a
-    time.
-    """
+    """Activation checkpointing: less memory, a third more time."""
     save_every: int = 500
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
@@ -132,7 +120,7 @@ class TrainConfig:
     valid_tokens: int = 65536
     """Tokens of a validation during the run; the one at the end reads everything."""
     sample_every: int = 500
-    """Steps between samples of text; 0: none."""
+    """Steps between samples of text; 0: only at the end."""
     sample_prompt: str = "def "
     sample_tokens: int = 80
     tensorboard: bool = False
@@ -274,9 +262,7 @@ def _check_type(key: str, hint: Any, value: Any) -> None:
 
 
 def _from_words(key: str, hint: Any, words: Sequence[str]) -> Any:
-    """Command-line words as a value of type `hint`: read as TOML where that fits, else as plain
-    text.
-    """
+    """Command-line words as a value of type `hint`: as TOML where that fits, else as they are."""
     if get_origin(hint) is tuple and not (len(words) == 1 and words[0].startswith("[")):
         elements = get_args(hint)
         return [_from_words(key, elements[0], [word]) for word in words]

@@ -15,8 +15,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Within the block the first SIGINT or SIGTERM makes the request; a second one interrupts at
-    once, as usual.
+    """Within the block the first SIGINT or SIGTERM makes the request; a second one interrupts.
 
     Outside the main thread, where Python takes no signals, nothing makes it.
     """

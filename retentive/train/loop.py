@@ -12,6 +12,7 @@ import torch
 
 from retentive.data.dataset import Corpus, prepare
 from retentive.data.tokenizer import save_tokenizer
+from retentive.devices import resolve_device
 from retentive.errors import InputError
 from retentive.inference.generate import generate
 from retentive.models.counts import flops_per_token
@@ -21,7 +22,7 @@ from retentive.train.config import RunConfig
 from retentive.train.interrupt import stop_requests
 from retentive.train.metrics import MetricsLog, measure_gemm_rate, plot_curve, read_metrics
 from retentive.train.progress import Display
-from retentive.train.trainer import Trainer, autocast
+from retentive.train.trainer import Trainer, autocast, compute_dtype
 from retentive.train.validate import validate
 
 RECORD = "run.json"
@@ -57,6 +58,7 @@ def train(
     is not the one resumed, a loss that is not finite, a disk that cannot be written, and all that
     the model and the data refuse.
     """
+    compute_dtype(config.train.dtype, resolve_device(config.train.device))  # refused at once
     run_folder = RunFolder.open(Path(folder), resume=resume)
     corpus = prepare(config.data, progress=None if quiet else _tell)
     run = Run(config, run_folder, corpus)

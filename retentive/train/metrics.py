@@ -1,5 +1,4 @@
-"""What a run measures: metrics.jsonl, TensorBoard events, the loss curve, and the machine's GEMM
-rate.
+"""What a run measures: metrics.jsonl, TensorBoard, the loss curve, the machine's GEMM rate.
 
 metrics.jsonl has one JSON object a line, each with its `step`: an update's `loss` (nats a token)
 with `lr`, `grad_norm`, `tokens`, `tokens_per_second`, `gemm_fraction` and `seconds`; a validation's
@@ -40,7 +39,11 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int, tensorboard: bool = False):
         self._events = _summary_writer(folder, step) if tensorboard else None
         self.path = folder / "metrics.jsonl"
-        kept = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
+        kept = (
+            [r for r in read_metrics(self.path) if r["step"] <= step]
+            if step and self.path.exists()
+            else []
+        )
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(aside, self.path)
@@ -104,9 +107,7 @@ def _running_mean(values: list[float]) -> list[float]:
 
 
 def measure_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a large matrix product on this device: the best run within `seconds`, after one to
-    warm up.
-    """
+    """FLOP/s of a large matrix product: the best one within `seconds`, after one to warm up."""
     n = 1024 if device.type == "cpu" else 4096
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     best = float("inf")

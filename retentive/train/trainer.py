@@ -52,9 +52,7 @@ class Trainer:
             self._restore(checkpoint)
 
     def _build_model(self, vocab_size: int, checkpoint: Path | None) -> LanguageModel:
-        """The model, its weights, and what is applied from outside: activation checkpointing,
-        compilation.
-        """
+        """The model, and what is applied to it from outside: checkpointing, compilation."""
         train = self.config.train
         exact = "float64" if self.dtype is torch.float64 else "float32"
         if checkpoint is not None:
@@ -70,11 +68,9 @@ class Trainer:
         return model.train()
 
     def update(self) -> dict[str, float]:
-        """One update of the weights. Returns its loss (nats a token), gradient norm, learning rate
-        and tokens.
+        """One update of the weights; its loss (nats a token), learning rate, norm and tokens.
 
-        Raises InputError, before the weights are touched, if the loss or the gradient is not
-        finite.
+        Raises InputError before the weights are touched if the loss or gradient is not finite.
         """
         batch = self.order.batch(self.step)
         tokens = int((batch.targets != NO_TARGET).sum())
@@ -97,9 +93,7 @@ class Trainer:
         return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
 
     def _accumulate_gradients(self, batch: Batch, tokens: int) -> float:
-        """Adds the gradients of the mean loss over the batch's `tokens`, a few rows at a time;
-        returns that loss.
-        """
+        """The mean loss over the batch's `tokens`, its gradients added up a few rows at a time."""
         rows = self.config.train.micro_batch or len(batch.tokens)
         losses, left = [], []
         for piece in torch.arange(len(batch.tokens)).split(rows):
@@ -114,9 +108,7 @@ class Trainer:
         return torch.stack(losses).sum().item() / tokens
 
     def _enter(self, batch: Batch, rows: Tensor) -> RetNetState | None:
-        """The carried state of these rows; a row that begins with another document than it ended
-        with starts afresh.
-        """
+        """The carried state of some rows; afresh where a row does not continue its document."""
         if self.state is None:
             return None
         return self.state.select(rows).reset(~batch.continues[rows])
@@ -144,9 +136,7 @@ def new_model(config: RetNetConfig | TransformerConfig) -> LanguageModel:
 def batch_loss(
     model: LanguageModel, batch: Batch, state: RetNetState | None
 ) -> tuple[Tensor, RetNetState | None]:
-    """The summed loss of a batch's tokens (a 0-dim tensor), and the state its rows leave if they
-    entered with one.
-    """
+    """The loss summed over a batch's tokens, and the state of its rows if they came with one."""
     rows = None if state is None else len(batch.tokens)
     layout = model.packed_layout(batch.cu_seqlens, rows=rows, state=state)
     tokens, targets = (x.to(model.device).view(1, -1) for x in (batch.tokens, batch.targets))
@@ -163,9 +153,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def take_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Takes `random_states` out of `tensors` and puts them in place; a run may have moved to
-    another device.
-    """
+    """Takes `random_states` out of `tensors` into place; the run may have moved to `device`."""
     torch.set_rng_state(tensors.pop("random.cpu"))
     for name in [name for name in tensors if name.startswith("random.")]:
         state = tensors.pop(name)

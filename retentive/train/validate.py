@@ -1,6 +1,4 @@
-"""How well a model predicts the held-out text: nats a token, and bits per byte, which no tokenizer
-can flatter.
-"""
+"""How well a model predicts held-out text: nats a token, and bits per byte of the text itself."""
 
 import math
 
@@ -23,8 +21,7 @@ def validate(
     dtype: torch.dtype,
     max_tokens: int | None = None,
 ) -> tuple[float, float]:
-    """Loss in nats a token and bits per byte of text, over the held-out documents or about
-    `max_tokens` of them.
+    """Nats a token and bits per byte over the held-out text, or about `max_tokens` of it.
 
     A RetNet reads each document from its start to its end, its state carried from row to row; a
     Transformer reads rows as it was trained on them. The same tokens come in the same order every
