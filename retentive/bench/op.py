@@ -103,7 +103,12 @@ class OurOp:
 
 def measure(options: OpBenchmark) -> dict[str, Any]:
     """Every case and contender as one JSON-able result."""
-    contenders: list[Contender] = [OurOp(), PeerOp("yet-another-retnet"), PeerOp("torchscale")]
+    contenders: list[Contender] = [
+        OurOp(),
+        PeerOp("yet-another-retnet", "its README's loop"),
+        PeerOp("yet-another-retnet", "inputs split once"),
+        PeerOp("torchscale"),
+    ]
     cases = []
     try:
         for tokens in (*options.lengths, *options.ours_only):
@@ -174,7 +179,7 @@ def show(result: dict[str, Any]) -> None:
         ours = _median_seconds(case["rows"][0])
         for n, row in enumerate(case["rows"]):
             tokens = f"{case['tokens']}" if n == 0 else ""
-            name = f"{row['name']} {row['version']}"
+            name = f"{row['name']} {row['version']}, {row['form']}"
             if "error" in row:
                 table.add_row(tokens, f"{name}\n{row['error']}")
                 continue

@@ -43,11 +43,10 @@ def installed_peers() -> Path:
 class PeerOp:
     """A peer's chunkwise op behind the benchmark's contender interface."""
 
-    form = "chunkwise"
     chunk_sizes = (64, 128, 256, 512)
 
-    def __init__(self, name: str):
-        self.name, self.version = name, VERSIONS[name]
+    def __init__(self, name: str, form: str = "chunkwise"):
+        self.name, self.version, self.form = name, VERSIONS[name], form
         self._process: subprocess.Popen[str] | None = None
 
     def prepare(self, case: dict[str, Any]) -> None:
@@ -66,7 +65,7 @@ class PeerOp:
     def _start(self) -> subprocess.Popen[str]:
         worker = Path(__file__).with_name("peer_worker.py")
         return subprocess.Popen(
-            [sys.executable, str(worker), self.name],
+            [sys.executable, str(worker), self.name, self.form],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -46,7 +46,8 @@ def _torch(
     if form == "parallel":
         chunk_size = q.shape[1]  # one chunk is the parallel form
     chunk_size = chunk_size or default_chunk_size(q, v)
-    return chunkwise(q, k, v, log_decay, state, cu_seqlens, chunk_size)
+    o, final, _ = chunkwise(q, k, v, log_decay, state, cu_seqlens, chunk_size)
+    return o, final
 
 
 def _reference(

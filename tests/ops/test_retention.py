@@ -244,18 +244,19 @@ def test_compiles_into_one_graph():
         assert torch.equal(x, e)
 
 
-def test_backward_keeps_its_inputs_and_nothing_else():
-    q, k, v, state = (x.requires_grad_() for x in random_inputs(1, 500, 2, 4, 8))
-    kept = []
+def test_backward_keeps_its_inputs_and_a_state_a_segment():
+    q, k, v, state = (x.requires_grad_() for x in random_inputs(1, 4000, 2, 16, 32))
+    kept = {}
 
     def pack(x):
-        kept.append(x.data_ptr())
+        kept[x.data_ptr()] = x.numel()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         log_gamma = log_decay(2)
         retention(q, k, v, log_gamma, state=state)
-    assert set(kept) <= {x.data_ptr() for x in (q, k, v, state, log_gamma)}
+    beside_inputs = set(kept) - {x.data_ptr() for x in (q, k, v, log_gamma)}
+    assert sum(kept[x] for x in beside_inputs) < (q.numel() + k.numel() + v.numel()) / 20
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -290,5 +291,5 @@ def test_chunk_size_is_chosen_from_heads_dims_and_length():
 
     assert chosen(1, 50, 8, 64, 128) == 50
     assert chosen(1, 10_000, 8, 64, 128) == 64
-    assert chosen(1, 10_000, 1, 32, 32) == 256
-    assert chosen(1, 10_000, 1, 256, 512) == 64
+    assert chosen(1, 10_000, 8, 8, 16) == 32
+    assert chosen(1, 10_000, 8, 256, 512) == 128
