@@ -13,7 +13,7 @@ from retentive import __version__
 from retentive.errors import InputError, nearest
 
 COMMANDS = {  # name: (module with main(argv) -> exit code or None, help)
-    "demo": ("retentive.demo", "train a small model on Python's own sources, then use it"),
+    "demo": ("retentive.demo.command", "train a small model on Python's own sources, then use it"),
     "train": ("retentive.train.command", "train a model from a TOML configuration, or go on"),
     "generate": ("retentive.inference.command", "continue prompts with a trained model"),
     "info": ("retentive.info", "parameters, half-lives, state and FLOPs of a model or a size"),

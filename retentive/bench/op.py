@@ -68,7 +68,7 @@ class OurOp:
     """The production path, through the public function."""
 
     name, form = "retentive", "chunkwise"
-    chunk_sizes = (None,)
+    chunk_sizes: tuple[int | None, ...] = (None,)
 
     def __init__(self) -> None:
         from retentive import __version__
