@@ -162,3 +162,13 @@ def test_bits_per_byte_count_every_held_out_byte_once(
     loss, bits = validate(model, corpus, batch_size=1, seq_len=seq_len, dtype=torch.float64)
     assert loss == pytest.approx(nats / tokens, rel=1e-9)
     assert bits == pytest.approx(nats / math.log(2) / corpus.valid.num_bytes, rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_model_makes_the_same_updates(tiny: Tiny, corpus: Corpus):
+    model = {"dropout": 0.0}
+    plain = Trainer(tiny(model=model), corpus)
+    compiled = Trainer(tiny(model=model, train={"compile": True}), corpus)
+    expected, found = ([t.update()["loss"] for _ in range(3)] for t in (plain, compiled))
+    assert found == pytest.approx(expected, rel=1e-4)
