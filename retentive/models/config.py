@@ -132,7 +132,7 @@ class RetNetConfig(ModelConfig):
         log_decay(self.num_heads, self.decay)  # refuses a bad list
 
     def _default_intermediate_size(self) -> int:
-        return _round_to(16, 4 * self.hidden_size / 3) if self.gated_ffn else 2 * self.hidden_size
+        return _round_to(8, 4 * self.hidden_size / 3) if self.gated_ffn else 2 * self.hidden_size
 
     @property
     def qk_head_dim(self) -> int:
@@ -200,7 +200,7 @@ class TransformerConfig(ModelConfig):
         _check_even("hidden_size", self.hidden_size, self.num_heads)
 
     def _default_intermediate_size(self) -> int:
-        return _round_to(16, 8 * self.hidden_size / 3) if self.gated_ffn else 4 * self.hidden_size
+        return _round_to(8, 8 * self.hidden_size / 3) if self.gated_ffn else 4 * self.hidden_size
 
     @property
     def head_dim(self) -> int:

@@ -1,0 +1,162 @@
+"""Configs: what is left out is filled in, what is wrong is said in a line."""
+
+import json
+
+import pytest
+import torch
+
+from retentive.errors import InputError
+from retentive.models import counts
+from retentive.models.config import SIZES, RetNetConfig, TransformerConfig, config_from_dict
+from retentive.models.retnet import RetNet
+from retentive.models.transformer import Transformer
+
+SMALL = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2}
+
+
+def test_defaults_are_the_papers_layer() -> None:
+    config = RetNetConfig(**SMALL)
+    assert (config.qk_dim, config.value_dim, config.intermediate_size) == (64, 128, 128)
+    assert (config.qk_head_dim, config.value_head_dim) == (32, 64)
+    assert (config.hidden_act, config.norm, config.head_norm) == ("gelu", "layernorm", "layernorm")
+    assert (config.decay, config.rotation, config.row_scale) == ("power", "official", False)
+    assert (config.norm_eps, config.head_norm_eps, config.gated_ffn) == (1e-6, 1e-6, False)
+
+
+@pytest.mark.parametrize("width", [256, 1024, 2048])
+@pytest.mark.parametrize("kind", [RetNetConfig, TransformerConfig])
+def test_a_gated_ffn_has_as_many_parameters(kind, width: int) -> None:
+    plain, gated = (
+        kind(**{**SMALL, "hidden_size": width, "gated_ffn": gated}) for gated in (False, True)
+    )
+    assert counts.parameters(gated)["ffn"] == pytest.approx(
+        counts.parameters(plain)["ffn"], rel=0.01
+    )
+
+
+LAYER_WEIGHTS = {  # 12·L·D²
+    "demo": 12 * 4 * 256**2,
+    "200m": 12 * 16 * 1024**2,
+    "1.3b": 12 * 24 * 2048**2,
+    "2.7b": 12 * 32 * 2560**2,
+    "6.7b": 12 * 32 * 4096**2,
+    "13b": 12 * 40 * 5120**2,
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_named_sizes_have_the_papers_parameters(size: str) -> None:
+    config = RetNetConfig.named(size)
+    with torch.device("meta"):
+        model = RetNet(config)
+    width, depth = config.hidden_size, config.num_hidden_layers
+    embeddings = 2 * config.vocab_size * width
+    norms = (2 * depth + 1) * 2 * width
+    assert model.num_parameters() == LAYER_WEIGHTS[size] + embeddings + norms
+    if size != "demo":
+        assert (config.qk_head_dim, config.value_head_dim) == (256, 512)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_the_matching_transformer_is_equally_large(size: str, group: int) -> None:
+    retnet = RetNetConfig.named(size)
+    heads = TransformerConfig.matching(retnet).num_heads
+    config = TransformerConfig.matching(retnet, num_kv_heads=heads // group)
+    with torch.device("meta"):
+        given, wanted = Transformer(config).num_parameters(), RetNet(retnet).num_parameters()
+    assert given == pytest.approx(wanted, rel=0.01)
+    assert 64 <= config.head_dim <= 128
+    shared = ("hidden_size", "num_hidden_layers", "vocab_size", "norm", "tie_word_embeddings")
+    assert all(getattr(config, name) == getattr(retnet, name) for name in shared)
+
+
+def test_the_matching_transformer_of_another_kind_of_ffn() -> None:
+    retnet = RetNetConfig.named("200m", gated_ffn=True, hidden_act="swish", norm="rmsnorm")
+    config = TransformerConfig.matching(retnet, num_kv_heads=4)
+    assert (config.gated_ffn, config.hidden_act, config.norm) == (True, "swish", "rmsnorm")
+    given, wanted = (sum(counts.parameters(c).values()) for c in (config, retnet))
+    assert given == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RetNetConfig(**SMALL, decay=(-0.1, 0.0), row_scale=True),
+        RetNetConfig.named("200m", tie_word_embeddings=True),
+        TransformerConfig(**SMALL, num_kv_heads=1),
+    ],
+)
+def test_json_there_and_back(config) -> None:
+    fields = json.loads(json.dumps(config.to_dict()))
+    assert config_from_dict(fields) == config
+    bookkeeping = {
+        "architectures": ["RetentiveForCausalLM"],
+        "torch_dtype": "float32",
+        "dtype": "float32",
+        "transformers_version": "5.17.0",
+        "_name_or_path": "",
+        "bos_token_id": None,
+        "use_cache": True,
+    }
+    assert config_from_dict({**fields, **bookkeeping}) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hiden_size": 3}, ["'hiden_size'", "'hidden_size'"]),
+        ({"hidden_act": "swich"}, ["'swich'", "did you mean 'swish'", "gelu or swish"]),
+        ({"decay": "powr"}, ["'powr'", "did you mean 'power'", "a list of numbers"]),
+        ({"decay": [-0.1]}, ["1 log decays", "2 heads"]),
+        ({"decay": [0.1, 0.0]}, ["≤ 0"]),
+        ({"decay": [-1, "x"]}, ["decay", "a list of numbers"]),
+        ({"hidden_size": "64"}, ["hidden_size", "'64'", "a whole number"]),
+        ({"hidden_size": True}, ["hidden_size", "True", "a whole number"]),
+        ({"hidden_size": 64.0}, ["hidden_size", "64.0", "a whole number"]),
+        ({"gated_ffn": 1}, ["gated_ffn", "true or false"]),
+        ({"norm_eps": "small"}, ["norm_eps", "a number"]),
+        ({"norm_eps": 0}, ["norm_eps", "above 0"]),
+        ({"rotation_base": float("nan")}, ["rotation_base", "nan"]),
+        ({"vocab_size": 0}, ["vocab_size", "above 0"]),
+        ({"num_hidden_layers": -1}, ["num_hidden_layers", "above 0"]),
+        ({"intermediate_size": 0}, ["intermediate_size", "above 0"]),
+        ({"dropout": 1.0}, ["dropout", "[0, 1)"]),
+        ({"num_heads": 3}, ["qk_dim 64", "num_heads 3"]),
+        ({"num_heads": 0}, ["num_heads", "above 0"]),
+        ({"value_dim": 129}, ["value_dim 129", "num_heads 2"]),
+        ({"qk_dim": 6}, ["qk_dim 6", "odd", "3"]),
+    ],
+)
+def test_refuses_a_wrong_field(fields: dict, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        RetNetConfig.from_dict({**SMALL, **fields})
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: RetNetConfig.named("1.3"), ["'1.3'", "did you mean '1.3b'", "13b"]),
+        (lambda: RetNetConfig.named("demo", heads=2), ["'heads'", "num_heads"]),
+        (lambda: RetNetConfig.from_dict({"hidden_size": 8}), ["lacks 'vocab_size'"]),
+        (lambda: config_from_dict({"model_type": "llama"}), ["'llama'", "retentive-transformer"]),
+        (lambda: config_from_dict({}), ["None", "retentive"]),
+        (lambda: TransformerConfig(**SMALL, num_kv_heads=3), ["num_heads 2", "num_kv_heads 3"]),
+        (lambda: TransformerConfig(**{**SMALL, "num_heads": 64}), ["odd head dim 1"]),
+        (
+            lambda: TransformerConfig.matching(RetNetConfig.named("demo"), num_kv_heads=3),
+            ["num_kv_heads 3"],
+        ),
+        (
+            lambda: TransformerConfig.matching(RetNetConfig.named("demo"), num_kv_heads=0),
+            ["num_kv_heads", "above 0"],
+        ),
+    ],
+)
+def test_refuses_what_cannot_be(call, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value

@@ -1,0 +1,68 @@
+"""Counts against models that exist, torch's own counter and sums done by hand."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from retentive.models import counts
+from retentive.models.config import RetNetConfig, TransformerConfig
+
+
+def test_parameters_are_the_models(model) -> None:
+    parts = counts.parameters(model.config)
+    assert sum(parts.values()) == model.num_parameters()
+    named = dict(model.named_parameters())
+    assert parts["embedding"] == named["embed_tokens.weight"].numel()
+    assert parts["ffn"] == sum(x.numel() for name, x in named.items() if ".ffn." in name)
+    assert parts["norms"] == sum(x.numel() for name, x in named.items() if "norm" in name)
+    assert counts.weight_bytes(model.config) == 4 * model.num_parameters()
+    assert counts.weight_bytes(model.config, torch.bfloat16) == 2 * model.num_parameters()
+
+
+def test_flops_of_the_products_are_those_run(model, tokens: Tensor) -> None:
+    """torch counts linear layers and attention; custom operators it does not know."""
+    config, count = model.config, tokens.shape[1]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens[:1])
+    run = counter.get_flop_counts()["Global"]
+    products = sum(flops for op, flops in run.items() if str(op) in ("aten.mm", "aten.addmm"))
+    mixing = config.num_hidden_layers * counts.mixing_flops(config, 5)
+    assert products == count * (counts.flops_per_token(config, 5) - mixing)
+    headless = counts.flops_per_token(config, 5, head=False)
+    head = 2 * config.vocab_size * config.hidden_size
+    assert counts.flops_per_token(config, 5) - headless == head
+
+
+def test_flops_by_hand() -> None:
+    retnet = RetNetConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=2)
+    # K 32, V 64: two products with 64 keys, two with the state; heads and layers times that.
+    mixing = 2 * (2 * 64 * (32 + 64) + 4 * 32 * 64)
+    assert counts.mixing_flops(retnet, 7) == counts.mixing_flops(retnet, 7000) == mixing
+    assert counts.flops_per_token(retnet) == 2 * (2 * 12 * 64**2 + 100 * 64) + 2 * mixing
+    transformer = TransformerConfig(
+        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=4, num_kv_heads=1
+    )
+    # q·k and p·v with 1000 keys for 64 dims of heads, whoever shares the keys.
+    assert counts.mixing_flops(transformer, 1000) == 2 * 2 * 1000 * 64
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 16 + 2 * 64 * 256) + 100 * 64
+    assert counts.flops_per_token(transformer, 1000) == 2 * weights + 2 * 2 * 2 * 1000 * 64
+
+
+def test_state_bytes_are_the_states(model, tokens: Tensor) -> None:
+    with torch.no_grad():
+        _, state = model.float()(tokens[:1])
+    context = tokens.shape[1]
+    assert counts.state_bytes(model.config, context) == state.nbytes
+    half = counts.state_bytes(model.config, context, dtype=torch.bfloat16)
+    shrinks = 2 if isinstance(model.config, TransformerConfig) else 1
+    assert half * shrinks == state.nbytes
+
+
+@pytest.mark.parametrize("size", ["1.3b", "6.7b"])
+def test_parts_of_the_papers_sizes(size: str) -> None:
+    config = RetNetConfig.named(size)
+    width, depth = config.hidden_size, config.num_hidden_layers
+    parts = counts.parameters(config)
+    assert parts["retention"] == 8 * depth * width**2
+    assert parts["ffn"] == 4 * depth * width**2

@@ -1,0 +1,205 @@
+"""`MultiScaleRetention` against the formulas of the paper, written out without any tricks."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retentive.errors import InputError
+from retentive.models.layers import MultiScaleRetention
+from retentive.models.layout import Rotation
+from retentive.ops.decay import log_decay
+
+EXACT = {"rtol": 0.0, "atol": 1e-11}
+
+
+def by_the_paper(layer: MultiScaleRetention, x: Tensor, heads: int, options: dict) -> Tensor:
+    """One row x `[T,D]`. Pairs are complex numbers that turn by e^{inθ}, as the paper has them."""
+    q, k, v = (p(x).unflatten(-1, (heads, -1)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    K = q.shape[-1]
+    half = K // 2
+    p = torch.arange(half, dtype=torch.float64)
+    exponent = p / half if options.get("rotation") == "rope" else p / (half - 1)
+    theta = options.get("rotation_base", 10000.0) ** -exponent
+    turn = torch.exp(1j * torch.arange(len(x))[:, None, None] * theta)
+    q, k = (torch.complex(y[..., :half], y[..., half:]) * turn for y in (q, k))
+    gamma = torch.exp(log_decay(heads, options.get("decay", "power")))
+    y = torch.zeros_like(v)
+    for n in range(len(x)):
+        powers = gamma[None] ** (n - torch.arange(n + 1))[:, None]
+        scores = (q[n].conj() * k[: n + 1]).sum(-1).real * K**-0.5 * powers
+        if options.get("row_scale"):
+            scores = scores / powers.sum(0).sqrt()
+        y[n] = torch.einsum("mh,mhv->hv", scores, v[: n + 1])
+    if options.get("head_norm") == "rmsnorm":
+        y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    else:  # GroupNorm with one group a head
+        y = F.group_norm(y.flatten(1), heads, eps=1e-6).view_as(y)
+    gate = layer.g_proj(x)
+    return layer.o_proj(gate * torch.sigmoid(gate) * y.flatten(1))
+
+
+OPTIONS = [
+    {},
+    {"rotation": "rope", "rotation_base": 500.0},
+    {"decay": "linspace", "row_scale": True},
+    {"decay": (0.0, -0.5), "row_scale": True, "head_norm": "rmsnorm"},
+    {"qk_dim": 8, "value_dim": 40},
+]
+
+
+def make_layer(options: dict) -> MultiScaleRetention:
+    torch.manual_seed(0)
+    return MultiScaleRetention(24, 2, **options).double()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_is_the_paper(options: dict) -> None:
+    layer = make_layer(options)
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    y, _ = layer(x)
+    wanted = torch.stack([by_the_paper(layer, row, 2, options) for row in x])
+    torch.testing.assert_close(y, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_alone_it_goes_on_from_a_state(options: dict) -> None:
+    layer = make_layer(options)
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    whole, wanted = layer(x)
+    _, state = layer(x[:, :4])
+    y, state = layer(x[:, 4:], state, torch.arange(4, 9).expand(2, 5))
+    torch.testing.assert_close(y, whole[:, 4:], **EXACT)
+    torch.testing.assert_close(state, wanted, **EXACT)
+
+
+def test_only_distances_count() -> None:
+    layer = make_layer({})
+    x = torch.randn(1, 9, 24, dtype=torch.float64)
+    far, _ = layer(x, positions=torch.arange(10**6, 10**6 + 9)[None])
+    torch.testing.assert_close(far, layer(x)[0], rtol=0.0, atol=1e-8)
+
+
+def test_interleaved_pairs_are_rows_in_another_order() -> None:
+    """What `RetNetConfig` promises for checkpoints that pair dims 2p and 2p + 1."""
+    K, heads = 12, 2
+    interleaved = make_layer({})  # as if its rows were meant in the other order
+    layer = make_layer({})
+    order = torch.cat((torch.arange(0, K, 2), torch.arange(1, K, 2)))
+    rows = torch.cat([head * K + order for head in range(heads)])
+    with torch.no_grad():
+        layer.q_proj.weight.copy_(interleaved.q_proj.weight[rows])
+        layer.k_proj.weight.copy_(interleaved.k_proj.weight[rows])
+    x = torch.randn(1, 7, 24, dtype=torch.float64)
+    q, k = (p(x[0]).view(7, heads, K // 2, 2) for p in (interleaved.q_proj, interleaved.k_proj))
+    theta = 10000 ** -(torch.arange(K // 2, dtype=torch.float64) / (K // 2 - 1))
+    turn = torch.exp(1j * torch.arange(7)[:, None, None] * theta)
+    q, k = (torch.view_as_complex(y) * turn for y in (q, k))
+    scores = torch.einsum("nhp,mhp->hnm", q.conj(), k).real
+    halves = layer.q_proj(x[0]).view(7, heads, K), layer.k_proj(x[0]).view(7, heads, K)
+    q, k = (torch.complex(y[..., : K // 2], y[..., K // 2 :]) * turn for y in halves)
+    torch.testing.assert_close(torch.einsum("nhp,mhp->hnm", q.conj(), k).real, scores, **EXACT)
+    torch.testing.assert_close(layer(x)[0][0], by_the_paper(layer, x[0], heads, {}), **EXACT)
+
+
+@pytest.mark.parametrize("rule", ["official", "rope"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_angles_are_exact_far_out(rule: str, head_dim: int) -> None:
+    pairs = head_dim // 2
+    angles = Rotation(head_dim, rule, 10000.0)(torch.tensor([[10**6]]), torch.float32)
+    for p in range(pairs):
+        theta = 10000.0 ** -(p / (pairs - 1) if rule == "official" else p / pairs)
+        turn = math.fmod(1e6 * theta, 2 * math.pi)
+        given = math.atan2(angles.sin[0, 0, 0, pairs + p].double(), angles.cos[0, 0, 0, p].double())
+        error = math.remainder(given - turn, 2 * math.pi)
+        assert abs(error) <= 1e-6
+        assert angles.sin[0, 0, 0, p] == -angles.sin[0, 0, 0, pairs + p]
+
+
+def test_lower_precision_leaves_decay_and_angles_alone() -> None:
+    layer = MultiScaleRetention(32, 4, row_scale=True)
+    positions = torch.tensor([[0, 5, 10**6]])
+    before = layer.rotation(positions, torch.float32)
+    decay, frequencies = layer.log_decay.value.clone(), layer.rotation.frequencies.value.clone()
+    for change in (
+        lambda: layer.to(torch.bfloat16),
+        lambda: layer.half(),
+        lambda: layer.float(),
+        lambda: layer.load_state_dict(MultiScaleRetention(32, 4, decay="linspace").state_dict()),
+    ):
+        change()
+        assert layer.log_decay.value.dtype == torch.float64
+        assert torch.equal(layer.log_decay.value, decay)
+        assert torch.equal(layer.rotation.frequencies.value, frequencies)
+        for one, other in zip(layer.rotation(positions, torch.float32), before, strict=True):
+            assert torch.equal(one, other)
+    assert sorted(layer.state_dict()) == [f"{x}_proj.weight" for x in "gkoqv"]
+
+
+def test_from_the_meta_device_constants_come_whole() -> None:
+    with torch.device("meta"):
+        layer = MultiScaleRetention(32, 4, decay="linspace", row_scale=True)
+    assert layer.q_proj.weight.is_meta
+    layer.to_empty(device="cpu")
+    other = MultiScaleRetention(32, 4, decay="linspace", row_scale=True)
+    assert torch.equal(layer.log_decay.value, other.log_decay.value)
+    positions = torch.arange(3)[None]
+    for x, y in zip(
+        layer.rotation(positions, torch.float32),
+        other.rotation(positions, torch.float32),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_stay_in_float32(dtype: torch.dtype) -> None:
+    layer = MultiScaleRetention(32, 4).to(dtype)
+    x = torch.randn(1, 5, 32, dtype=dtype)
+    y, state = layer(x)
+    assert y.dtype == dtype
+    assert state.dtype == torch.float32
+
+
+def test_learns_in_another_model() -> None:
+    """A regression on a series, without tokens: gradients arrive, the loss falls."""
+    torch.manual_seed(0)
+    layer = MultiScaleRetention(16, 2)
+    series = torch.sin(torch.arange(40) * 0.3)[None, :, None].expand(1, 40, 16).contiguous()
+    optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        y, _ = layer(series[:, :-1])
+        loss = F.mse_loss(y, series[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: MultiScaleRetention(30, 4), ["qk_dim 30", "num_heads 4"]),
+        (lambda: MultiScaleRetention(12, 4), ["odd", "3"]),
+        (lambda: MultiScaleRetention(16, 2, head_norm="groupnorm"), ["'groupnorm'", "layernorm"]),
+        (lambda: MultiScaleRetention(16, 2, decay="powers"), ["'powers'", "'power'"]),
+    ],
+)
+def test_refuses_wrong_sizes(call, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_refuses_a_state_without_its_place() -> None:
+    layer = MultiScaleRetention(16, 2)
+    x = torch.randn(2, 3, 16)
+    _, state = layer(x)
+    with pytest.raises(InputError, match="without positions"):
+        layer(x, state)
+    with pytest.raises(InputError, match=r"\[2, 4\]"):
+        layer(x, state, torch.zeros(2, 4, dtype=torch.int64))
