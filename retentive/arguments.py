@@ -39,14 +39,24 @@ def parse(
 
 
 def _one_line(complaint: str, prog: str) -> str:
-    """tyro draws a box: a title, the complaint, a rule, the nearest options with their help."""
-    lines = [line.strip("│ ") for line in complaint.splitlines() if line.startswith("│")]
-    rule = next(i for i, line in enumerate(lines) if line.startswith("─"))
+    """tyro draws a box: a title, the complaint, a rule, the nearest options with their help.
+
+    Where standard output is not UTF-8 the box is blank and the title has a rule of its own.
+    """
+    _, *lines = (line.strip("│ ") for line in complaint.splitlines() if line.strip())
+    if _is_rule(lines[0]):
+        lines = lines[1:]
+    rule = next(i for i, line in enumerate(lines) if _is_rule(line))
     said = " ".join(lines[:rule]).replace(" .", ".").rstrip(".")
     unknown = "Unrecognized options: "
     if said.startswith(unknown):  # the values that follow an unknown option are listed with it
         given = said.removeprefix(unknown).split(",")[0]
-        near = next((line.split()[0] for line in lines[rule:] if line.startswith("--")), None)
+        options = (line for line in lines[rule:] if line.startswith("--") and not _is_rule(line))
+        near = next((line.split()[0] for line in options), None)
         kind = "unknown option" if given.startswith("-") else "unexpected argument"
         said = f"{kind} {given}" + (f" (did you mean {near}?)" if near else "")
     return f"{said[0].lower()}{said[1:]}; {prog} --help lists the options"
+
+
+def _is_rule(line: str) -> bool:
+    return set(line) <= set("─-")

@@ -1,3 +1,4 @@
+import io
 import os
 import subprocess
 import sys
@@ -157,7 +158,9 @@ def test_help_is_printed_and_exits(capsys):
         (["--steps", "-1"], "-1 steps; give 0 or more"),
     ],
 )
-def test_arguments_that_do_not_parse_are_one_line(arguments, line):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_arguments_that_do_not_parse_are_one_line(arguments, line, encoding, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     with pytest.raises(InputError) as error:
         parse(Options, arguments, "p", "what it does")
     assert str(error.value).startswith(line)
