@@ -1,0 +1,182 @@
+"""`retentive demo`: trains a small RetNet on Python's own sources and shows what it can do."""
+
+import lzma
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from retentive.arguments import parse
+from retentive.data.dataset import Corpus, prepare
+from retentive.data.tokenizer import load_tokenizer
+from retentive.demo import figures
+from retentive.demo.decode import CONTENDERS, Measure, measure
+from retentive.inference.generate import generate
+from retentive.models.checkpoint import load
+from retentive.models.retnet import RetNet
+from retentive.ops import FORMS
+from retentive.train.checkpoints import RunFolder
+from retentive.train.config import RunConfig, load_config
+from retentive.train.loop import Result, train
+from retentive.train.metrics import read_metrics
+
+PROMPT = "class Stack:\n    def push(self, item):\n"
+TOKENS = 16_000  # decoded to show that a token's cost does not grow
+FORM_TOKENS = 1024  # read in each form
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path = Path("runs/demo")
+    """The run folder: a model folder in the end, with the demo's pictures."""
+
+
+def main(argv: Sequence[str]) -> None:
+    description = "Trains a small RetNet on Python's own sources, then shows what it can do."
+    options = parse(Options, argv, "retentive demo", description)
+    config = load_config(Path(__file__).with_name("demo.toml"))
+    demonstrate(config, options.out, TOKENS)
+
+
+def demonstrate(config: RunConfig, folder: Path, tokens: int) -> None:
+    console = Console(highlight=False)
+    began = time.perf_counter()
+    console.rule("[bold]1. Training", align="left")
+    corpus = prepare(config.data, progress=lambda line: console.print(f"{line} ..."))
+    result = trained(config, folder, console)
+    if not result.finished:
+        console.print(f"stopped after step {result.step} of {result.steps}; run it again to go on")
+        return
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    assert isinstance(model, RetNet)
+    show_curve(result, corpus, console)
+
+    console.rule("[bold]2. Writing", align="left")
+    console.print(PROMPT, end="", style="bold", markup=False)
+
+    def show(_row: int, text: str) -> None:
+        console.print(text, end="", markup=False, soft_wrap=True)
+
+    generate(model, tokenizer, PROMPT, max_new_tokens=150, on_text=show)
+    console.print()
+
+    console.rule("[bold]3. One model, three forms", align="left")
+    show_forms(model, corpus, console)
+
+    console.rule(f"[bold]4. Decoding {tokens:,} tokens", align="left")
+    show_decoding(folder, tokens, console)
+    minutes = (time.perf_counter() - began) / 60
+    console.rule(f"[bold]Done in {minutes:.1f} minutes", align="left")
+    console.print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+    console.print(f"go on with: retentive generate {folder} --prompt 'import os'")
+
+
+def trained(config: RunConfig, folder: Path, console: Console) -> Result:
+    """The run in `folder`: begun, gone on with, or found finished."""
+    newest = RunFolder(folder).newest()
+    done = int(newest.name.removeprefix("step-")) if newest else 0
+    if done >= config.train.steps:
+        console.print(f"{folder} holds the trained model already: training is skipped")
+    elif done:
+        console.print(f"{folder} holds a run that has come to step {done}: going on with it")
+    return train(config, folder, resume=(folder / "checkpoints").is_dir())
+
+
+def show_curve(result: Result, corpus: Corpus, console: Console) -> None:
+    """Bits per byte of the held-out files over training, beside what xz -9 makes of them."""
+    records = read_metrics(result.folder / "metrics.jsonl")
+    updates = [record for record in records if "loss" in record]
+    totals = np.cumsum([r["tokens"] for r in updates]).tolist()
+    read = {r["step"]: n for r, n in zip(updates, totals, strict=True)}
+    seconds = {record["step"]: record["seconds"] for record in updates}
+    bits_per_nat = corpus.train.num_tokens / corpus.train.num_bytes / math.log(2)
+    training = [(read[r["step"]] / 1e6, r["loss"] * bits_per_nat) for r in updates]
+    valid = [r for r in records if "bits_per_byte" in r]
+    xz = xz_bits_per_byte(corpus)
+    validation = [(read[r["step"]] / 1e6, r["bits_per_byte"]) for r in valid]
+    figures.learning_curve(training, validation, xz, result.folder / "bits-per-byte.png")
+
+    table = Table()
+    for heading in ("step", "tokens read", "minutes", "bits per byte"):
+        table.add_column(heading, justify="right")
+    for record in valid:
+        step = record["step"]
+        minutes = f"{seconds[step] / 60:.1f}"
+        table.add_row(str(step), f"{read[step]:,}", minutes, f"{record['bits_per_byte']:.3f}")
+    table.add_section()
+    table.add_row("", "", "xz -9", f"{xz:.3f}")
+    console.print(table)
+    console.print(
+        f"{corpus.valid.num_documents} held-out files, {corpus.valid.num_bytes:,} bytes; the last "
+        "row and xz -9 (one archive) are of all of them"
+    )
+
+
+def xz_bits_per_byte(corpus: Corpus) -> float:
+    """Of the held-out documents in one archive, which is the most favourable for xz."""
+    text = "".join(document.text for document in corpus.valid_documents()).encode()
+    return 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+@torch.inference_mode()
+def show_forms(model: RetNet, corpus: Corpus, console: Console) -> None:
+    """Logits of a held-out text in every form, against the parallel form."""
+    tokens = torch.from_numpy(corpus.valid.tokens[:FORM_TOKENS].astype(np.int64))[None]
+    logits = {form: model.use(form=form)(tokens)[0] for form in FORMS}
+    model.use(form="auto")
+    reference = logits["parallel"]
+    table = Table()
+    table.add_column("form")
+    table.add_column("relative L2 of the logits against the parallel form", justify="right")
+    for form in FORMS:
+        error = float((logits[form] - reference).norm() / reference.norm())
+        table.add_row(form, f"{error:.1e}" if form != "parallel" else "")
+    console.print(table)
+    console.print(f"{tokens.shape[1]:,} held-out tokens, float32, the trained weights")
+
+
+def show_decoding(folder: Path, tokens: int, console: Console) -> None:
+    """Time and memory of a token as the text grows, beside a Transformer of equal parameters."""
+    measures: dict[str, list[Measure]] = {}
+    with Progress(console=console, transient=True) as progress:
+        for name in CONTENDERS:
+            task = progress.add_task(name, total=tokens)
+            measures[name] = measure(
+                name, folder, tokens, lambda at, task=task: progress.update(task, completed=at)
+            )
+    figures.time_per_token(measures, folder / "time-per-token.png")
+    figures.memory(measures, folder / "memory.png")
+    console.print(decoding_table(measures))
+    console.print(
+        "RetNet decoded every token; the Transformer (as many parameters, KV cache, random weights)"
+        " decodes behind a cache filled to each position. Resident: the whole process."
+    )
+
+
+def decoding_table(measures: dict[str, list[Measure]]) -> Table:
+    table = Table()
+    for heading in (
+        "tokens\nread",
+        *("ms\nRetNet", "ms\nTransformer"),
+        *("state\nRetNet", "\nKV cache"),
+        *("RAM\nRetNet", "RAM\nTransformer"),
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    points = list(zip(*measures.values(), strict=True))
+    for index in (1, 2, 4, 8, 16, 32):  # doublings: positions are evenly spaced
+        if index < len(points):
+            row = points[index]
+            table.add_row(
+                f"{row[0].position:,}",
+                *(f"{1000 * at.seconds:.1f}" for at in row),
+                *(f"{at.state / 2**20:.1f} MiB" for at in row),
+                *(f"{at.resident / 2**20:.0f} MiB" for at in row),
+            )
+    return table

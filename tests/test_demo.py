@@ -1,0 +1,123 @@
+"""The demo from end to end at a size of seconds: told, drawn, resumed, not trained twice."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from retentive.cli import main
+from retentive.demo import command
+from retentive.demo.decode import CONTENDERS, Measure, contender_model, decode, positions
+from retentive.models.checkpoint import save_model
+from retentive.models.config import RetNetConfig
+from retentive.models.counts import state_bytes
+from retentive.models.retnet import RetNet
+from retentive.train.config import load_config
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A tiny model on texts made up here."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for n in range(40):
+        lines = [f"def function_{n}_{i}(value):\n    return value * {n + i}\n" for i in range(20)]
+        (corpus / f"{n}.py").write_text("\n".join(lines))
+    file = tmp_path / "demo.toml"
+    file.write_text(f"""
+        [model]
+        hidden_size = 16
+        num_hidden_layers = 1
+        num_heads = 2
+        [data]
+        sources = ["{corpus}"]
+        tokenizer = "bytes"
+        valid_fraction = 0.2
+        [train]
+        steps = 6
+        batch_size = 2
+        seq_len = 32
+        valid_every = 3
+        sample_every = 0
+    """)
+    return load_config(file)
+
+
+def test_from_training_to_pictures_and_again(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "FORM_TOKENS", 100)
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = tmp_path / "run"
+    command.demonstrate(config, folder, tokens=256)
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    assert re.search(r"│ +6 │ +384 │ +\d+\.\d │ +\d\.\d{3} │", told)
+    assert re.search(r"xz -9 │ +\d\.\d{3} │", told)
+    assert command.PROMPT in told
+    errors = [float(error) for error in re.findall(r"(?:recurrent|chunkwise) +│ +(\S+) │", told)]
+    assert len(errors) == 2
+    assert max(errors) < 1e-5
+    pictures = ["bits-per-byte.png", "memory.png", "time-per-token.png"]
+    for picture in pictures:
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+        (folder / picture).unlink()
+
+    # Measured in this process now: starting others takes the longest.
+    monkeypatch.setattr(
+        command, "measure", lambda name, *of, **_: list(decode(contender_model(name, of[0]), of[1]))
+    )
+    weights = (folder / "model.safetensors").read_bytes()
+    command.demonstrate(config, folder, tokens=256)
+    assert "training is skipped" in capsys.readouterr().out
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert all((folder / picture).exists() for picture in pictures)
+
+
+def test_an_interrupted_training_goes_on(config, tmp_path, capsys, monkeypatch):
+    def interrupted(config, folder, *, resume):
+        shorter = config.train.__class__(**{**vars(config.train), "steps": 3})
+        before = command_train(type(config)(**{**vars(config), "train": shorter}), folder)
+        return type(before)(before.folder, 3, 6, None, None)
+
+    command_train = command.train
+    monkeypatch.setattr(command, "train", interrupted)
+    folder = tmp_path / "run"
+    command.demonstrate(config, folder, tokens=256)
+    assert "stopped after step 3 of 6; run it again to go on" in capsys.readouterr().out
+    monkeypatch.setattr(command, "train", command_train)
+    assert command.trained(config, folder, command.Console()).finished
+    assert "has come to step 3" in capsys.readouterr().out
+
+
+def test_the_contenders_are_equal_and_measured_at_the_same_positions(tmp_path):
+    torch.manual_seed(0)
+    config = RetNetConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_heads=2)
+    save_model(RetNet(config), tmp_path)
+    models = {name: contender_model(name, tmp_path) for name in CONTENDERS}
+    counts = [model.num_parameters() for model in models.values()]
+    assert abs(counts[0] - counts[1]) < 0.01 * counts[0]
+    measured = {name: list(decode(model, 200)) for name, model in models.items()}
+    for name, points in measured.items():
+        assert [at.position for at in points] == positions(200) == [64, 128, 192]
+        states = [state_bytes(models[name].config, at.position) for at in points]
+        assert [at.state for at in points] == states
+        assert all(at.seconds > 0 and at.resident > 10**7 for at in points)
+
+
+def test_the_table_shows_doublings():
+    points = [Measure(at, 0.001, 2**20, 2**28) for at in positions(16_000)]
+    table = command.decoding_table(dict.fromkeys(CONTENDERS, points))
+    assert list(table.columns[0].cells) == ["500", "1,000", "2,000", "4,000", "8,000", "16,000"]
+
+
+def test_the_settings_come_with_the_package():
+    shipped = Path(command.__file__).with_name("demo.toml")
+    config = load_config(shipped)
+    assert config == load_config(Path(__file__).parents[1] / "configs/demo.toml")
+    assert config.model.size == "demo"
+    assert config.data.sources == ("stdlib",)
+
+
+def test_unknown_options_are_one_line(capsys):
+    assert main(["demo", "--ouch", "x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
