@@ -62,10 +62,10 @@ def test_from_training_to_pictures_and_again(config, tmp_path, capsys, monkeypat
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
         (folder / picture).unlink()
 
-    # Measured in this process now: starting others takes the longest.
-    monkeypatch.setattr(
-        command, "measure", lambda name, *of, **_: list(decode(contender_model(name, of[0]), of[1]))
-    )
+    def in_this_process(name, folder, tokens, advance):
+        return list(decode(contender_model(name, folder), tokens))
+
+    monkeypatch.setattr(command, "measure", in_this_process)  # starting others takes the longest
     weights = (folder / "model.safetensors").read_bytes()
     command.demonstrate(config, folder, tokens=256)
     assert "training is skipped" in capsys.readouterr().out
