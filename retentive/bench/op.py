@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ import torch
 from retentive.bench.peers import PeerOp, PeerUnavailable
 from retentive.errors import InputError
 from retentive.models.counts import COUNTED_CHUNK
+from retentive.models.files import write_text
 from retentive.ops import retention
 from retentive.ops.chunkwise import default_chunk_size
 from retentive.ops.decay import log_decay
@@ -43,11 +45,11 @@ class OpBenchmark:
         for name in ("heads", "key_dim", "value_dim", "threads", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if short := [t for t in (*self.lengths, *self.ours_only) if t < 512]:
-            raise InputError(f"lengths must be at least 512 tokens, got {short[0]}")
-        if odd := [t for t in self.lengths if t % 512]:
+        if short := [t for t in (*self.lengths, *self.ours_only) if t < 1024]:
+            raise InputError(f"lengths must be at least 1024 tokens, got {short[0]}")
+        if odd := [t for t in self.lengths if t % 1024]:
             raise InputError(
-                f"lengths must be multiples of 512, got {odd[0]}: torchscale takes whole chunks "
+                f"lengths must be multiples of 1024, got {odd[0]}: torchscale takes whole chunks "
                 "only; put other lengths into --ours-only"
             )
 
@@ -101,24 +103,16 @@ class OurOp:
         self._leaves.clear()
 
 
-def measure(options: OpBenchmark) -> dict[str, Any]:
-    """Every case and contender as one JSON-able result."""
+def measure(options: OpBenchmark) -> Iterator[dict[str, Any]]:
+    """The JSON-able result, after every case: each time with one case more."""
     contenders: list[Contender] = [
         OurOp(),
         PeerOp("yet-another-retnet", "its README's loop"),
         PeerOp("yet-another-retnet", "inputs split once"),
         PeerOp("torchscale"),
     ]
-    cases = []
-    try:
-        for tokens in (*options.lengths, *options.ours_only):
-            here = contenders if tokens in options.lengths else contenders[:1]
-            print(f"{tokens} tokens: {', '.join(c.name for c in here)} ...", file=sys.stderr)
-            cases.append(_measure_case(options, tokens, here))
-    finally:
-        for contender in contenders:
-            contender.close()
-    return {
+    cases: list[dict[str, Any]] = []
+    result = {
         "benchmark": "op",
         "format": 1,
         "torch": torch.__version__,
@@ -126,6 +120,15 @@ def measure(options: OpBenchmark) -> dict[str, Any]:
         "flops_per_token": _flops_per_token(options),
         "cases": cases,
     }
+    try:
+        for tokens in (*options.lengths, *options.ours_only):
+            here = contenders if tokens in options.lengths else contenders[:1]
+            print(f"{tokens} tokens: {', '.join(c.name for c in here)} ...", file=sys.stderr)
+            cases.append(_measure_case(options, tokens, here))
+            yield result
+    finally:
+        for contender in contenders:
+            contender.close()
 
 
 def _flops_per_token(options: OpBenchmark) -> int:
@@ -151,18 +154,18 @@ def _measure_case(options: OpBenchmark, tokens: int, contenders: list[Contender]
 def _prepare_best(contender: Contender, case: dict[str, Any]) -> dict[str, Any]:
     """The contender ready at its best chunk size, as an empty row; or a row with the reason."""
     row: dict[str, Any] = {k: getattr(contender, k) for k in ("name", "version", "form")}
+    best, chosen = float("inf"), {**case, "chunk_size": contender.chunk_sizes[0]}
     try:
-        best, tried = float("inf"), None
-        for chunk_size in contender.chunk_sizes:
+        for chunk_size in contender.chunk_sizes:  # until it gets slower: that may take minutes
             tried = {**case, "chunk_size": chunk_size}
             contender.prepare(tried)
-            if len(contender.chunk_sizes) > 1 and (seconds := sum(contender.run())) < best:
-                best, case = seconds, tried
-        if len(contender.chunk_sizes) > 1:
-            contender.prepare(case)
-        else:
-            case = tried or case
-        return {**row, "chunk_size": case["chunk_size"], "seconds": []}
+            if len(contender.chunk_sizes) == 1:
+                return {**row, "chunk_size": tried["chunk_size"], "seconds": []}
+            if (seconds := sum(contender.run())) > best:
+                break
+            best, chosen = seconds, tried
+        contender.prepare(chosen)
+        return {**row, "chunk_size": chosen["chunk_size"], "seconds": []}
     except PeerUnavailable as reason:
         return {**row, "error": str(reason)}
 
@@ -216,7 +219,8 @@ def run(options: OpBenchmark) -> None:
     if options.out is not None:  # a folder that cannot be written is known before, not after
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.touch()
-    result = measure(options)
+    result: dict[str, Any] = {}
+    for result in measure(options):
+        if options.out is not None:
+            write_text(options.out, json.dumps(result, indent=1, default=str) + "\n")
     show(result)
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")

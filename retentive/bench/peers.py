@@ -43,7 +43,7 @@ def installed_peers() -> Path:
 class PeerOp:
     """A peer's chunkwise op behind the benchmark's contender interface."""
 
-    chunk_sizes: tuple[int | None, ...] = (64, 128, 256, 512)
+    chunk_sizes: tuple[int | None, ...] = (1024, 512, 256, 128, 64)
 
     def __init__(self, name: str, form: str = "chunkwise"):
         self.name, self.version, self.form = name, VERSIONS[name], form

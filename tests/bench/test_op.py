@@ -44,13 +44,13 @@ def test_flops_are_counted_at_a_chunk_of_64():
 
 
 def test_contenders_keep_their_best_chunk_size_and_a_failure_is_a_row(instant_gemm):
-    fast = Scripted("fast", {64: 3.0, 128: 1.0, 256: 2.0})
+    fast = Scripted("fast", {512: 2.0, 256: 1.0, 128: 3.0, 64: 0.1})
     broken = Scripted("broken", {64: None})
     case = op._measure_case(op.OpBenchmark(rounds=4), 512, [fast, broken])
-    assert fast.prepared == [64, 128, 256, 128]
+    assert fast.prepared == [512, 256, 128, 256]
     assert fast.closed == broken.closed == 1
     row, reason = case["rows"]
-    assert row["chunk_size"] == 128 and row["seconds"] == [(0.25, 0.75)] * 4
+    assert row["chunk_size"] == 256 and row["seconds"] == [(0.25, 0.75)] * 4
     assert reason["error"] == "no memory" and "seconds" not in reason
 
 
@@ -61,10 +61,10 @@ def test_a_run_is_a_table_and_a_file(instant_gemm, monkeypatch, tmp_path, capsys
 
     monkeypatch.setattr(op, "PeerOp", Missing)
     out = tmp_path / "new" / "op.json"
-    options = ["--lengths", "512", "--ours-only", "600", "--heads", "1", "--rounds", "2"]
+    options = ["--lengths", "1024", "--ours-only", "1100", "--heads", "1", "--rounds", "2"]
     assert main(["op", *options, "--key-dim", "8", "--value-dim", "8", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert [case["tokens"] for case in result["cases"]] == [512, 600]
+    assert [case["tokens"] for case in result["cases"]] == [1024, 1100]
     names = [row["name"] for row in result["cases"][0]["rows"]]
     assert names == ["retentive", "yet-another-retnet", "yet-another-retnet", "torchscale"]
     assert all(len(case["rows"][0]["seconds"]) == 2 for case in result["cases"])
@@ -88,8 +88,8 @@ def test_a_peer_that_dies_says_so(tmp_path, monkeypatch):
     ("argv", "words"),
     [
         (["opp"], "unknown benchmark 'opp' .did you mean 'op'"),
-        (["op", "--lengths", "1000"], "multiples of 512, got 1000"),
-        (["op", "--lengths", "0"], "at least 512 tokens, got 0"),
+        (["op", "--lengths", "1500"], "multiples of 1024, got 1500"),
+        (["op", "--lengths", "0"], "at least 1024 tokens, got 0"),
         (["op", "--rounds", "0"], "rounds must be at least 1, got 0"),
         (["op", "--round", "3"], "did you mean --rounds"),
     ],
