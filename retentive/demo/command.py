@@ -19,6 +19,7 @@ from retentive.data.tokenizer import load_tokenizer
 from retentive.demo import figures
 from retentive.demo.decode import CONTENDERS, Measure, measure
 from retentive.inference.generate import generate
+from retentive.info import size
 from retentive.models.checkpoint import load
 from retentive.models.retnet import RetNet
 from retentive.ops import FORMS
@@ -29,7 +30,7 @@ from retentive.train.metrics import read_metrics
 
 PROMPT = "class Stack:\n    def push(self, item):\n"
 TOKENS = 16_000  # decoded to show that a token's cost does not grow
-FORM_TOKENS = 1024  # read in each form
+FORM_TOKENS = 4096  # read in each form
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,17 @@ def main(argv: Sequence[str]) -> None:
 def demonstrate(config: RunConfig, folder: Path, tokens: int) -> None:
     console = Console(highlight=False)
     began = time.perf_counter()
-    console.rule("[bold]1. Training", align="left")
-    corpus = prepare(config.data, progress=lambda line: console.print(f"{line} ..."))
+    _part(console, "1. Training")
     result = trained(config, folder, console)
     if not result.finished:
         console.print(f"stopped after step {result.step} of {result.steps}; run it again to go on")
         return
+    corpus = prepare(config.data)  # found in its cache
     model, tokenizer = load(folder), load_tokenizer(folder)
     assert isinstance(model, RetNet)
     show_curve(result, corpus, console)
 
-    console.rule("[bold]2. Writing", align="left")
+    _part(console, "2. Writing")
     console.print(PROMPT, end="", style="bold", markup=False)
 
     def show(_row: int, text: str) -> None:
@@ -67,15 +68,20 @@ def demonstrate(config: RunConfig, folder: Path, tokens: int) -> None:
     generate(model, tokenizer, PROMPT, max_new_tokens=150, on_text=show)
     console.print()
 
-    console.rule("[bold]3. One model, three forms", align="left")
+    _part(console, "3. One model, three forms")
     show_forms(model, corpus, console)
 
-    console.rule(f"[bold]4. Decoding {tokens:,} tokens", align="left")
+    _part(console, f"4. Decoding {tokens:,} tokens")
     show_decoding(folder, tokens, console)
     minutes = (time.perf_counter() - began) / 60
-    console.rule(f"[bold]Done in {minutes:.1f} minutes", align="left")
+    _part(console, f"Done in {minutes:.1f} minutes")
     console.print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
     console.print(f"go on with: retentive generate {folder} --prompt 'import os'")
+
+
+def _part(console: Console, heading: str) -> None:
+    console.print()
+    console.rule(f"[bold]{heading}", align="left")
 
 
 def trained(config: RunConfig, folder: Path, console: Console) -> Result:
@@ -100,8 +106,10 @@ def show_curve(result: Result, corpus: Corpus, console: Console) -> None:
     training = [(read[r["step"]] / 1e6, r["loss"] * bits_per_nat) for r in updates]
     valid = [r for r in records if "bits_per_byte" in r]
     xz = xz_bits_per_byte(corpus)
-    validation = [(read[r["step"]] / 1e6, r["bits_per_byte"]) for r in valid]
-    figures.learning_curve(training, validation, xz, result.folder / "bits-per-byte.png")
+    sampled = [(read[r["step"]] / 1e6, r["bits_per_byte"]) for r in valid[:-1]]
+    held_out = valid[-1]["bits_per_byte"]
+    picture = result.folder / "bits-per-byte.png"
+    figures.learning_curve(training, sampled, held_out, xz, picture)
 
     table = Table()
     for heading in ("step", "tokens read", "minutes", "bits per byte"):
@@ -109,13 +117,14 @@ def show_curve(result: Result, corpus: Corpus, console: Console) -> None:
     for record in valid:
         step = record["step"]
         minutes = f"{seconds[step] / 60:.1f}"
+        if record is valid[-1]:
+            table.add_section()
         table.add_row(str(step), f"{read[step]:,}", minutes, f"{record['bits_per_byte']:.3f}")
-    table.add_section()
     table.add_row("", "", "xz -9", f"{xz:.3f}")
     console.print(table)
     console.print(
-        f"{corpus.valid.num_documents} held-out files, {corpus.valid.num_bytes:,} bytes; the last "
-        "row and xz -9 (one archive) are of all of them"
+        f"The last two are of all {corpus.valid.num_documents} held-out files "
+        f"({corpus.valid.num_bytes:,} bytes; xz packs them as one), the others of some of them."
     )
 
 
@@ -156,7 +165,7 @@ def show_decoding(folder: Path, tokens: int, console: Console) -> None:
     console.print(decoding_table(measures))
     console.print(
         "RetNet decoded every token; the Transformer (as many parameters, KV cache, random weights)"
-        " decodes behind a cache filled to each position. Resident: the whole process."
+        " decodes behind a cache filled to each position. RAM is that of the whole process."
     )
 
 
@@ -176,7 +185,7 @@ def decoding_table(measures: dict[str, list[Measure]]) -> Table:
             table.add_row(
                 f"{row[0].position:,}",
                 *(f"{1000 * at.seconds:.1f}" for at in row),
-                *(f"{at.state / 2**20:.1f} MiB" for at in row),
+                *(size(at.state) for at in row),
                 *(f"{at.resident / 2**20:.0f} MiB" for at in row),
             )
     return table

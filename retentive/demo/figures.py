@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,25 +12,37 @@ from retentive.demo.decode import Measure
 _COLORS = {"RetNet": "tab:blue", "Transformer": "tab:orange"}
 
 
+Points = Sequence[tuple[float, float]]  # x and y of each
+
+
 def learning_curve(
-    training: Sequence[tuple[float, float]],
-    validation: Sequence[tuple[float, float]],
-    xz: float,
-    path: Path,
+    training: Points, sampled: Points, held_out: float, xz: float, path: Path
 ) -> None:
-    """Bits per byte over tokens read, and the line of what xz needs for the same files."""
+    """Bits per byte over millions of tokens read.
+
+    training: of each update; sampled: of some held-out files during the run; held_out: of all of
+    them at its end, beside what xz needs for them.
+    """
     figure, axes = _figure("What a byte of Python costs", "training tokens read, millions")
-    axes.plot(*zip(*training, strict=True), color=_COLORS["RetNet"], alpha=0.25, linewidth=0.8)
-    axes.plot(*zip(*validation, strict=True), "o-", color=_COLORS["RetNet"], markersize=4)
-    axes.axhline(xz, color="0.35", linestyle="--", linewidth=1)
-    last, bits = validation[-1]
-    above, below = ((0, 7), "bottom"), ((0, -7), "top")
-    (model_at, model_va), (xz_at, xz_va) = (above, below) if bits > xz else (below, above)
-    held_out = f"RetNet on the held-out files: {bits:.2f}"
-    axes.annotate(held_out, (last, bits), model_at, color=_COLORS["RetNet"], **_beside(model_va))
-    axes.annotate(f"xz -9 on the same files: {xz:.2f}", (last, xz), xz_at, **_beside(xz_va))
-    axes.set(ylabel="bits per byte", ylim=(0, min(8, 1.05 * max(bits for _, bits in training))))
+    color = _COLORS["RetNet"]
+    axes.plot(*_means(training, 100), color=color, alpha=0.4, linewidth=1, label="in training")
+    if sampled:
+        axes.plot(*zip(*sampled, strict=True), ".-", color=color, label="some held-out files")
+    end, name = training[-1][0], f"all held-out files: {held_out:.2f}"
+    axes.plot(end, held_out, "*", color=color, markersize=11, label=name)
+    axes.axhline(
+        xz, color="0.35", linestyle="--", linewidth=1, label=f"xz -9 on all of them: {xz:.2f}"
+    )
+    axes.set(ylabel="bits per byte", ylim=(0, None))
+    axes.legend(frameon=False, loc="lower left")
     figure.savefig(path)
+
+
+def _means(points: Points, count: int) -> tuple[list[float], list[float]]:
+    """x and y of at most `count` points: means of neighbours."""
+    size = -(-len(points) // count)
+    groups = [points[at : at + size] for at in range(0, len(points), size)]
+    return [fmean(x for x, _ in g) for g in groups], [fmean(y for _, y in g) for g in groups]
 
 
 def time_per_token(measures: Mapping[str, Sequence[Measure]], path: Path) -> None:
@@ -70,17 +82,20 @@ def _lines(
     values: Mapping[str, Sequence[float]],
     unit: str,
 ) -> None:
-    """A line a contender, name and last value at its end: above it for the highest, else below."""
-    highest = max(values, key=lambda name: values[name][-1])
+    """A line a contender, its name and last value at its end: above it, where there is room."""
+    low, high = sorted(y[-1] for y in values.values())
+    crowded = high - low < 0.15 * max(map(max, values.values()))
     for name, y in values.items():
         x = [at.position for at in measures[name]]
         axes.plot(x, y, ".-", color=_COLORS[name], markersize=4, linewidth=1.2)
-        label = f"{name}: {unit.format(y[-1])}"
-        offset, va = (7, "bottom") if name == highest else (-7, "top")
-        place = (x[-1], y[-1])
-        axes.annotate(label, place, (0, offset), color=_COLORS[name], **_beside(va))
+        offset, va = (-7, "top") if crowded and y[-1] == low else (7, "bottom")
+        axes.annotate(
+            f"{name}: {unit.format(y[-1])}",
+            (x[-1], y[-1]),
+            (0, offset),
+            textcoords="offset points",
+            color=_COLORS[name],
+            ha="right",
+            va=va,
+        )
     axes.margins(y=0.15)
-
-
-def _beside(va: str) -> dict[str, Any]:
-    return {"textcoords": "offset points", "ha": "right", "va": va}
