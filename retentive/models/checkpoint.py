@@ -37,7 +37,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> 
     path = Path(folder) / WEIGHTS
     tensors, _ = read_tensors(path, "model file", where)
     _check_fit(path, model, tensors)
-    weights = {name: tensor.to(kind) for name, tensor in tensors.items()}
+    weights = {name: tensors.pop(name).to(kind) for name in list(tensors)}
     model.load_state_dict(weights, assign=True)
     return model.to(where).eval()
 

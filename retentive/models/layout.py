@@ -53,7 +53,7 @@ class Rotation(nn.Module):
     `rule`: "official", θ_p = base^(-p/(K/2-1)), or "rope", θ_p = base^(-2p/K). Factors that belong
     to a position ride on the cosines and sines: `key_scale` for keys, and for queries, if
     `scale_by` gives log γ `[H]`, the row scale. All of it is computed in float64 from integer
-    positions: in float32 an angle is off by 0.05 at position 10^6.
+    positions, then cast: in float32 an angle is off by 0.05 at position 10^6.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class Rotation(nn.Module):
         frequencies = self.frequencies.value
         exact = positions.to(frequencies.device)
         angles = (exact.unsqueeze(-1) * frequencies).unsqueeze(2)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = (x.to(dtype).to(positions.device) for x in (angles.cos(), angles.sin()))
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        tables = [cos, sin, cos * self.key_scale, sin * self.key_scale]
+        keys = cos * self.key_scale, sin * self.key_scale
         if self.scale_by is not None:
-            scale = row_scale(self.scale_by.value, exact).unsqueeze(-1)
-            tables[:2] = cos * scale, sin * scale
-        return Angles(*(table.to(dtype).to(positions.device) for table in tables))
+            scale = row_scale(self.scale_by.value, exact).to(dtype).to(positions.device)
+            cos, sin = cos * scale.unsqueeze(-1), sin * scale.unsqueeze(-1)
+        return Angles(cos, sin, *keys)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
