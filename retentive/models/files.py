@@ -61,7 +61,10 @@ def read_tensors(
         raise InputError(f"{what} {path} does not exist")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            # Cloned: as they are mapped from the file they are not aligned, and matrix products of
+            # unaligned weights differ in the last bit. A resumed run must not.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise InputError(
             f"{what} {path} is truncated or no safetensors file ({error}); write or fetch it again"
