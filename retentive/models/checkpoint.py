@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
-from retentive.models.config import RetNetConfig, config_from_dict
+from retentive.models.config import RetNetConfig, TransformerConfig, config_from_dict
 from retentive.models.files import fingerprint, read_tensors, write_tensors, write_text
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
@@ -42,7 +41,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> 
     return model.to(where).eval()
 
 
-def load_config(folder: str | Path) -> Any:
+def load_config(folder: str | Path) -> RetNetConfig | TransformerConfig:
     """The config in a model folder."""
     if not Path(folder).is_dir():
         raise InputError(f"no model folder {folder}; give one that holds {CONFIG} and {WEIGHTS}")
