@@ -55,9 +55,10 @@ def measure(
             for line in process.stdout:
                 measures.append(Measure(**json.loads(line)))
                 advance(measures[-1].position)
-        finally:
+        except BaseException:
             process.terminate()
-    if process.returncode and not measures:
+            raise
+    if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return measures
 
@@ -128,8 +129,11 @@ def resident_bytes() -> int:
 
 def main() -> None:
     contender, folder, tokens = sys.argv[1:]
-    for at in decode(contender_model(contender, Path(folder)), int(tokens)):
-        print(json.dumps(asdict(at)), flush=True)
+    try:
+        for at in decode(contender_model(contender, Path(folder)), int(tokens)):
+            print(json.dumps(asdict(at)), flush=True)
+    except KeyboardInterrupt:  # the demo's own process says so
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,10 @@ class Session:
         if not encoded:
             raise InputError("there is no prompt; give at least one")
         if self.rows and len(encoded) != len(self.rows):
-            raise InputError(f"{len(encoded)} prompts for {len(self.rows)} texts; give one a text")
+            raise InputError(
+                f"there are {len(self.rows)} texts to go on with and {len(encoded)} prompts; "
+                "give one prompt a text, or none"
+            )
         held = self.held()
         if self.rows:
             state = self._all_states()
@@ -140,10 +143,7 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Everything that `load` needs to go on, in one safetensors file."""
-        rows = [
-            {"last": row.last, "finish": row.finish, "stream": row.stream.as_dict()}
-            for row in self.rows
-        ]
+        rows = [{"last": row.last, "stream": row.stream.as_dict()} for row in self.rows]
         self._all_states().save(
             path,
             fingerprint=fingerprint(self.model),
@@ -177,16 +177,19 @@ class Session:
         )
         for saved in extra["rows"]:
             stream = TextStream.from_dict(saved["stream"], tokenizer, session.stop)
-            session.rows.append(Row(stream, saved["last"], saved["finish"]))
+            finish = "end" if saved["last"] is None else None
+            session.rows.append(Row(stream, saved["last"], finish))
         session._sampler = session._new_sampler(len(session.rows))
         session._sampler.restore(tensors, draws="seed" not in (sampling or {}))
         session._state, session.active = state, list(range(len(session.rows)))
-        for row in session.rows:
-            row.finish = "end" if row.last is None else None
         session._retire()
         return session
 
     def _encode(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes of a command line that are no text
+            raise InputError("a prompt is not UTF-8; convert it first") from None
         tokens = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         if not tokens:
             raise InputError("a prompt is empty; give at least one character to go on from")

@@ -224,8 +224,10 @@ def test_bad_input(model, byte_level, tmp_path):
         session.read([])
     with pytest.raises(InputError, match="prompt is empty"):
         session.read(["a", ""])
+    with pytest.raises(InputError, match="not UTF-8"):
+        session.read(["a", "\udcff"])
     session.read(["a", "b"])
-    with pytest.raises(InputError, match="1 prompts for 2 texts"):
+    with pytest.raises(InputError, match="2 texts to go on with and 1 prompts"):
         session.read(["a"])
     session.save(tmp_path / "state")
     torch.manual_seed(1)
