@@ -187,6 +187,19 @@ def test_rows_that_stopped_are_saved_in_their_places(byte_level, tmp_path):
     assert run(again, 4) == ["c", "9", ""]
 
 
+def test_when_every_text_has_ended(model, byte_level, tmp_path):
+    session = Session(model, byte_level, GREEDY)
+    session.read(PROMPTS)
+    for row in range(len(PROMPTS)):
+        session._take(row, END)
+    session._retire()
+    session.save(tmp_path / "state")
+    again = Session.load(tmp_path / "state", model, byte_level)
+    assert (again.active, run(again, 5)) == ([], ["", "", ""])
+    again.read(PROMPTS)
+    assert again.active == [0, 1, 2]
+
+
 def test_text_held_back_comes_before_a_prompt_that_follows(byte_level):
     session = Session(spelling("abcd"), byte_level, GREEDY, stop=["bcx"])
     session.read(["a"])
