@@ -137,9 +137,9 @@ class MultiScaleRetention(nn.Module):
                 init.xavier_uniform_(projection.weight, 2**-2.5, generator)
             init.xavier_uniform_(self.o_proj.weight, 2**-1, generator)
         else:
-            for projection in (self.q_proj, self.k_proj, self.g_proj):
+            for projection in (self.q_proj, self.k_proj):
                 init.xavier_normal_(projection.weight, 1.0, generator)
-            for projection in (self.v_proj, self.o_proj):
+            for projection in (self.v_proj, self.g_proj, self.o_proj):
                 init.xavier_normal_(projection.weight, deepnet_gain(depth), generator)
 
 

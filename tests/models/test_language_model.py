@@ -277,12 +277,14 @@ def test_initialisation(make_model, rule: str) -> None:
         "paper": {
             block.retention.q_proj: xavier(D, D),
             block.retention.v_proj: deepnet * xavier(D, 2 * D),
+            block.retention.g_proj: deepnet * xavier(D, 2 * D),
             block.retention.o_proj: deepnet * xavier(D, 2 * D),
             block.ffn.down_proj: deepnet * xavier(D, 2 * D),
         },
         "official": {
             block.retention.q_proj: 2**-2.5 * xavier(D, D),
             block.retention.v_proj: 2**-2.5 * xavier(D, 2 * D),
+            block.retention.g_proj: 2**-2.5 * xavier(D, 2 * D),
             block.retention.o_proj: 2**-1 * xavier(D, 2 * D),
             block.ffn.down_proj: (2 * D) ** -0.5 / 3**0.5,  # uniform on ± fan_in^(-1/2)
         },
