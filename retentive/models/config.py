@@ -167,8 +167,14 @@ def _paper_size(hidden_size: int, num_hidden_layers: int) -> dict[str, int]:
     }
 
 
-SIZES = {
-    "demo": {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4, "vocab_size": 8192},
+SIZES: dict[str, dict[str, Any]] = {
+    "demo": {
+        "hidden_size": 192,
+        "num_hidden_layers": 3,
+        "num_heads": 4,
+        "vocab_size": 4096,
+        "tie_word_embeddings": True,
+    },
     "200m": _paper_size(1024, 16),
     "1.3b": _paper_size(2048, 24),
     "2.7b": _paper_size(2560, 32),
