@@ -13,6 +13,7 @@ from retentive.errors import InputError, nearest
 from retentive.ops import backends
 from retentive.ops.backends import BACKENDS
 from retentive.ops.recurrent import step
+from retentive.ops.states import state_dtype, state_shape
 
 FORMS = ("parallel", "recurrent", "chunkwise")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -61,12 +62,13 @@ def retention(
     _check_tokens(q, k, v, log_decay)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
-    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    state = _initial_state(state, q, v, sequences)
+    if state is not None:
+        _check_state(state, q, v, cu_seqlens)
     form = _choose_form(form, chunk_size, q, k, v, state)
     run = backends.choose(backend, form, q.device)
     with _without_autocast(q.device):
-        o, final = run(form, q, k, v, log_decay.to(state.dtype), state, cu_seqlens, chunk_size)
+        rates = log_decay.to(state_dtype(q))
+        o, final = run(form, q, k, v, rates, state, cu_seqlens, chunk_size)
     return o, final if output_state else None
 
 
@@ -85,7 +87,7 @@ def retention_step(
     Args:
         q, k, v, log_decay, state: as in `retention`; state `[B,H,K,V]`.
         active: bool `[B]`; an inactive row neither decays nor advances, and its o is zero.
-        inplace: write the new state over `state`, which then must not require a gradient.
+        inplace: write the new state over `state`; then nothing may require a gradient.
 
     Returns:
         o `[B,T,H,V]` in the dtype of v and the state `[B,H,K,V]` after the last token.
@@ -94,14 +96,14 @@ def retention_step(
         InputError: shapes, dtypes or devices that do not fit together.
     """
     _check_tokens(q, k, v, log_decay)
-    state = _initial_state(state, q, v, q.shape[0])
+    _check_state(state, q, v, None)
     if active is not None and (active.dtype != torch.bool or active.shape != (q.shape[0],)):
         raise InputError(
             f"active must be bool [B] = [{q.shape[0]}], one a row, got {_describe(active)}"
         )
-    if inplace and state.requires_grad:
+    if inplace and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state)):
         raise InputError(
-            "inplace=True cannot write over a state that requires a gradient; use inplace=False"
+            "inplace=True writes over what a gradient needs; use inplace=False or torch.no_grad()"
         )
     with _without_autocast(q.device):
         return step(q, k, v, log_decay.to(state.dtype), state, active=active, inplace=inplace)
@@ -175,21 +177,17 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
         )
 
 
-def _initial_state(state: Tensor | None, q: Tensor, v: Tensor, sequences: int) -> Tensor:
-    shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if state is None:
-        return q.new_zeros(shape, dtype=dtype)
+def _check_state(state: Tensor, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    shape, dtype = state_shape(q, v, cu_seqlens), state_dtype(q)
     if state.shape != shape or state.dtype != dtype or state.device != q.device:
         raise InputError(
             f"state must be {str(dtype).removeprefix('torch.')} [N,H,K,V] = {list(shape)} "
             f"on {q.device}, got {_describe(state)} on {state.device}"
         )
-    return state
 
 
 def _choose_form(
-    form: str, chunk_size: int | None, q: Tensor, k: Tensor, v: Tensor, state: Tensor
+    form: str, chunk_size: int | None, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None
 ) -> str:
     if form != "auto" and form not in FORMS:
         raise InputError(
@@ -205,5 +203,7 @@ def _choose_form(
         return "chunkwise"
     if form != "auto":
         return form
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state))
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, state)
+    )
     return "recurrent" if q.shape[1] == 1 and not needs_grad else "chunkwise"

@@ -15,10 +15,11 @@ from retentive.ops import reference
 from retentive.ops.chunkwise import chunkwise, default_chunk_size
 from retentive.ops.packing import for_each_sequence
 from retentive.ops.recurrent import step
+from retentive.ops.states import empty_state
 
 # (form, q, k, v, log_decay, state, cu_seqlens, chunk_size) -> (o, final state)
 Run = Callable[
-    [str, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int | None],
+    [str, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int | None],
     tuple[Tensor, Tensor],
 ]
 
@@ -37,11 +38,12 @@ def _torch(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     if form == "recurrent":
+        state = empty_state(q, v, cu_seqlens) if state is None else state
         return for_each_sequence(step, q, k, v, log_decay, state, cu_seqlens)
     if form == "parallel":
         chunk_size = q.shape[1]  # one chunk is the parallel form
@@ -56,11 +58,12 @@ def _reference(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     options = {"chunk_size": chunk_size or 64} if form == "chunkwise" else {}
+    state = empty_state(q, v, cu_seqlens) if state is None else state
     dtype, run = state.dtype, getattr(reference, form)
     o, final = for_each_sequence(
         run, q.to(dtype), k.to(dtype), v.to(dtype), log_decay, state, cu_seqlens, **options

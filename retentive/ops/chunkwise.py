@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from retentive.ops.packing import sequence_bounds
+from retentive.ops.states import empty_state, state_dtype
 
 BATCH = 32
 """Matrices in a batched product: enough to outweigh its launch, few enough for the cache."""
@@ -78,6 +79,13 @@ class _Segment(NamedTuple):
     tokens: slice
     sequences: slice  # rows of the state
     chunk_size: int
+    is_first: bool  # of its sequences
+
+    def initial(self, state: Tensor | None, like: Tensor, kept: Iterator[Tensor]) -> Tensor:
+        """The state before this segment, `[R·H,K,V]`: kept by the forward, given, or zeros."""
+        if not self.is_first:
+            return next(kept)
+        return torch.zeros_like(like) if state is None else state[self.sequences].flatten(0, 1)
 
     def load(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`[B,T,H,X]` -> a copy `[n·R·H,C,X]` of this segment, the operand of a batched product."""
@@ -106,9 +114,10 @@ def _segments(
         rest = (stop - start) % chunk_size  # a last chunk that is shorter, by itself
         for a in range(start, stop - rest, step):
             tokens = slice(a, min(a + step, stop - rest))
-            yield _Segment(whole_batch, tokens, sequences, chunk_size)
+            yield _Segment(whole_batch, tokens, sequences, chunk_size, a == start)
         if rest:
-            yield _Segment(whole_batch, slice(stop - rest, stop), sequences, rest)
+            tokens = slice(stop - rest, stop)
+            yield _Segment(whole_batch, tokens, sequences, rest, rest == stop - start)
 
 
 def _segment_tokens(matrices: int, chunk_size: int) -> int:
@@ -116,11 +125,16 @@ def _segment_tokens(matrices: int, chunk_size: int) -> int:
     return max(1, BATCH // matrices) * chunk_size
 
 
-def _kept_states(q: Tensor, state: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> int:
-    """At most so many segments: each sequence may end in two that are not full."""
+def _new_kept(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Tensor:
+    """Room for the state before every segment that is not the first of its sequence.
+
+    At most so many: a sequence that ends in two short segments is longer than a chunk.
+    """
     batch, length, heads, _ = q.shape
-    walks = 1 if cu_seqlens is None else len(cu_seqlens) - 1
-    return length // _segment_tokens(batch * heads, chunk_size) + 2 * walks
+    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    full = length // _segment_tokens(batch * heads, chunk_size)
+    kept = full + min(sequences, length // chunk_size)
+    return q.new_empty(kept, batch * heads, q.shape[3], v.shape[3], dtype=state_dtype(q))
 
 
 def _times_(x: Tensor, factor: Tensor) -> Tensor:
@@ -161,17 +175,13 @@ def _state_gradients(dstate: Tensor, q: Tensor, do_decayed: Tensor, decay: _Deca
     return gradients
 
 
-def _compute_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("retentive::chunkwise", mutates_args=())
 def chunkwise(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,15 +189,19 @@ def chunkwise(
 
     Arguments as in `retentive.ops.retention`.
     """
-    dtype, (batch, length, heads, _) = _compute_dtype(q), q.shape
+    dtype, (batch, length, heads, _) = state_dtype(q), q.shape
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    final = state.clone(memory_format=torch.contiguous_format)
-    kept = _new_kept(q, state, cu_seqlens, chunk_size)
+    final = empty_state(q, v, cu_seqlens)
+    if state is not None:
+        final.copy_(state)
+    kept = _new_kept(q, v, cu_seqlens, chunk_size)
+    free = iter(kept)
     full = _Decay.of(log_decay, chunk_size)
-    for i, segment in enumerate(_segments(cu_seqlens, batch, length, heads, chunk_size)):
+    for segment in _segments(cu_seqlens, batch, length, heads, chunk_size):
         decay = full.of_last(segment.chunk_size)
         running = final[segment.sequences].flatten(0, 1)
-        kept[i] = running
+        if not segment.is_first:
+            next(free).copy_(running)
         qs, ks, vs = (segment.load(x, dtype) for x in (q, k, v))
         os = torch.bmm(_scores(qs, ks, decay), vs)
         states = _states(running, _times_(ks, decay.until_end), vs, decay)
@@ -195,12 +209,6 @@ def chunkwise(
         segment.store(o, os)
         running.copy_(states[-1])
     return o, final, kept
-
-
-def _new_kept(q: Tensor, state: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Tensor:
-    matrices = q.shape[0] * q.shape[2]
-    segments = _kept_states(q, state, cu_seqlens, chunk_size)
-    return state.new_empty(segments, matrices, *state.shape[2:])
 
 
 @torch.library.custom_op("retentive::chunkwise_backward", mutates_args=())
@@ -211,17 +219,20 @@ def chunkwise_backward(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
+    state: Tensor | None,
     kept: Tensor,
     cu_seqlens: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the initial state."""
-    dtype, (batch, length, heads, _) = _compute_dtype(q), q.shape
+    """Gradients of q, k, v and of the initial state, which is empty where there was none."""
+    dtype, (batch, length, heads, _) = state_dtype(q), q.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dstate = dfinal.clone(memory_format=torch.contiguous_format)
     full = _Decay.of(log_decay, chunk_size)
     segments = list(_segments(cu_seqlens, batch, length, heads, chunk_size))
-    for i, segment in reversed(list(enumerate(segments))):
+    last_kept = sum(not segment.is_first for segment in segments)
+    before = iter(reversed(kept[:last_kept].unbind()))
+    for segment in reversed(segments):
         decay = full.of_last(segment.chunk_size)
         running = dstate[segment.sequences].flatten(0, 1)
         qs, ks, vs, dos = (segment.load(x, dtype) for x in (q, k, v, do))
@@ -229,7 +240,7 @@ def chunkwise_backward(
         dqs, dks = torch.bmm(dscores, ks), torch.bmm(dscores.transpose(1, 2), qs)
         dvs = torch.bmm(_scores(qs, ks, decay).transpose(1, 2), dos)
         _times_(ks, decay.until_end)
-        states = _states(kept[i], ks, vs, decay)
+        states = _states(segment.initial(state, running, before), ks, vs, decay)
         gradients = _state_gradients(running, qs, _times_(dos, decay.since_start), decay)
         after = gradients[1:].flatten(0, 1)
         dqs.baddbmm_(dos, states[:-1].flatten(0, 1).transpose(1, 2))
@@ -238,30 +249,30 @@ def chunkwise_backward(
         for gradient, value in ((dq, dqs), (dk, dks), (dv, dvs)):
             segment.store(gradient, value)
         running.copy_(gradients[0])
-    return dq, dk, dv, dstate
+    return dq, dk, dv, dstate if state is not None else dstate.new_empty(0)
 
 
 @chunkwise.register_fake
 def _(q, k, v, log_decay, state, cu_seqlens, chunk_size):
-    contiguous = torch.contiguous_format
-    o, final = (torch.empty_like(x, memory_format=contiguous) for x in (v, state))
-    return o, final, _new_kept(q, state, cu_seqlens, chunk_size)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return o, empty_state(q, v, cu_seqlens), _new_kept(q, v, cu_seqlens, chunk_size)
 
 
 @chunkwise_backward.register_fake
-def _(do, dfinal, q, k, v, log_decay, kept, cu_seqlens, chunk_size):
+def _(do, dfinal, q, k, v, log_decay, state, kept, cu_seqlens, chunk_size):
     contiguous = torch.contiguous_format
-    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v, dfinal))
+    dstate = dfinal.new_empty(0) if state is None else dfinal
+    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v, dstate))
 
 
 def _keep(ctx, inputs, output) -> None:
-    q, k, v, log_decay, _, cu_seqlens, ctx.chunk_size = inputs
-    ctx.save_for_backward(q, k, v, log_decay, output[2], cu_seqlens)
+    q, k, v, log_decay, state, cu_seqlens, ctx.chunk_size = inputs
+    ctx.save_for_backward(q, k, v, log_decay, state, output[2], cu_seqlens)
 
 
 def _backward(ctx, do: Tensor, dfinal: Tensor, _):
-    gradients = chunkwise_backward(do, dfinal, *ctx.saved_tensors, ctx.chunk_size)
-    return *gradients[:3], None, gradients[3], None, None
+    dq, dk, dv, dstate = chunkwise_backward(do, dfinal, *ctx.saved_tensors, ctx.chunk_size)
+    return dq, dk, dv, None, dstate if ctx.needs_input_grad[4] else None, None, None
 
 
 chunkwise.register_autograd(_backward, setup_context=_keep)

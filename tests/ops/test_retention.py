@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retentive.ops import FORMS, reference, retention, retention_step
-from retentive.ops.chunkwise import chunkwise, default_chunk_size
+from retentive.ops.chunkwise import _new_kept, _segments, chunkwise, default_chunk_size
 from retentive.ops.decay import log_decay
 
 TOLERANCE = {  # dtype: (outputs and states, gradients)
@@ -222,11 +222,38 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(packed):
+@pytest.mark.parametrize("from_state", [False, True])
+def test_opcheck(packed, from_state):
     q, k, v, state = random_inputs(1, 30, 2, 3, 4, sequences=2 if packed else 1)
     cu_seqlens = torch.tensor([0, 11, 30]) if packed else None
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(chunkwise, (*leaves, log_decay(2), state.requires_grad_(), cu_seqlens, 8))
+    state = state.requires_grad_() if from_state else None
+    torch.library.opcheck(chunkwise, (*leaves, log_decay(2), state, cu_seqlens, 8))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 400), min_size=1, max_size=9).filter(any),
+    heads=st.integers(1, 40),
+    chunk_size=st.integers(1, 150),
+)
+def test_there_is_room_for_the_state_before_every_segment(lengths, heads, chunk_size):
+    total = sum(lengths)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    q = torch.empty(1, total, heads, 1)
+    segments = list(_segments(bounds, 1, total, heads, chunk_size))
+    assert sum(s.tokens.stop - s.tokens.start for s in segments) == total
+    needed = sum(not s.is_first for s in segments)
+    assert needed <= len(_new_kept(q, q, bounds, chunk_size))
+
+
+def test_short_documents_keep_no_states():
+    q, k, v, _ = (x.requires_grad_() for x in random_inputs(1, 400, 2, 16, 32))
+    cu_seqlens, kept = torch.arange(0, 401, 4), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        retention(q, k, v, log_decay(2), cu_seqlens=cu_seqlens)
+    inputs = sum(x.numel() for x in (q, k, v, cu_seqlens)) + 2
+    assert sum(x.numel() for x in kept) <= inputs + 400 // 64 * 2 * 16 * 32 * 4
 
 
 def test_compiles_into_one_graph():
