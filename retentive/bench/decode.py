@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from retentive.bench.output import check_writable
 from retentive.demo.decode import Measure, measure
 from retentive.errors import InputError
-from retentive.models.checkpoint import save_model
+from retentive.models.checkpoint import load_config, save_model
 from retentive.models.config import RetNetConfig
 from retentive.models.files import write_text
 from retentive.models.retnet import RetNet
@@ -30,8 +31,11 @@ class DecodeBenchmark:
 
 
 def run(options: DecodeBenchmark) -> None:
-    if Path(options.model).is_dir():
-        return _run(options, Path(options.model))
+    check_writable(options.out)
+    if (given := Path(options.model)).is_dir():
+        if not isinstance(load_config(given), RetNetConfig):
+            raise InputError(f"{given} holds no RetNet; give a RetNet's model folder or a size")
+        return _run(options, given)
     model = RetNet(RetNetConfig.named(options.model))
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder)

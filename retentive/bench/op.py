@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from retentive.bench.output import check_writable
 from retentive.bench.peers import PeerOp, PeerUnavailable
 from retentive.errors import InputError
 from retentive.models.counts import COUNTED_CHUNK
@@ -216,9 +217,7 @@ def _median_seconds(row: dict[str, Any]) -> float:
 
 
 def run(options: OpBenchmark) -> None:
-    if options.out is not None:  # a folder that cannot be written is known before, not after
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.touch()
+    check_writable(options.out)
     result: dict[str, Any] = {}
     for result in measure(options):
         if options.out is not None:

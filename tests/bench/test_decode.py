@@ -9,8 +9,9 @@ from retentive.bench.decode import drifts
 from retentive.demo.decode import Measure
 from retentive.errors import InputError
 from retentive.models.checkpoint import save_model
-from retentive.models.config import RetNetConfig
+from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.retnet import RetNet
+from retentive.models.transformer import Transformer
 
 
 def test_drift_is_the_last_quarter_over_the_first():
@@ -30,6 +31,13 @@ def test_a_run_is_a_table_and_a_file(tmp_path, capsys):
     assert positions[0] == 64 and positions[-1] == 1024
     assert len({at["state"] for at in result["measures"]}) == 1
     assert "last quarter over first" in capsys.readouterr().out
+
+
+def test_a_transformer_is_refused(tmp_path):
+    config = RetNetConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
+    save_model(Transformer(TransformerConfig.matching(config)), tmp_path)
+    with pytest.raises(InputError, match="holds no RetNet"):
+        main(["decode", "--model", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
