@@ -25,6 +25,7 @@ from retentive.data.tokenizer import (
     save_tokenizer,
     token_bytes,
     train_tokenizer,
+    vocab_size,
 )
 from retentive.errors import InputError
 
@@ -113,7 +114,7 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        return len(self.token_bytes)
+        return vocab_size(self.tokenizer)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
@@ -226,7 +227,7 @@ def _write_split(
 
 
 def _dtype(tokenizer: "Tokenizer") -> type[np.unsignedinteger]:
-    return np.uint16 if len(token_bytes(tokenizer)) <= 2**16 else np.uint32
+    return np.uint16 if vocab_size(tokenizer) <= 2**16 else np.uint32
 
 
 def _open_split(

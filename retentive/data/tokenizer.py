@@ -92,17 +92,21 @@ def end_id(tokenizer: "Tokenizer") -> int:
     return found
 
 
+def vocab_size(tokenizer: "Tokenizer") -> int:
+    """How many ids there are, 0 to the highest: more than entries where the ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def token_bytes(tokenizer: "Tokenizer") -> np.ndarray:
     """int64 [vocab]: the UTF-8 bytes of text that each token stands for, 0 for special tokens.
 
     Exact for byte-level BPE and for byte fallback; for normalising tokenizers (lower case, say) the
     bytes of what they kept.
     """
-    size = max(tokenizer.get_vocab().values()) + 1
     added = tokenizer.get_added_tokens_decoder()
     decoder: Any = tokenizer.decoder
     byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
-    counts = np.zeros(size, np.int64)
+    counts = np.zeros(vocab_size(tokenizer), np.int64)
     for token, i in tokenizer.get_vocab().items():
         if i in added:
             counts[i] = 0 if added[i].special else len(token.encode())

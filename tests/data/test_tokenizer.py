@@ -17,6 +17,7 @@ from retentive.data.tokenizer import (
     save_tokenizer,
     token_bytes,
     train_tokenizer,
+    vocab_size,
 )
 from retentive.errors import InputError
 
@@ -129,6 +130,11 @@ class TestEndToken:
     def test_none(self):
         with pytest.raises(InputError, match=r"no end token: it needs one of <\|end\|>, "):
             end_id(words("a"))
+
+
+def test_ids_with_gaps_count_up_to_the_highest():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 6, "</s>": 2}, unk_token="a"))
+    assert vocab_size(tokenizer) == len(token_bytes(tokenizer)) == 7
 
 
 class TestTokenBytes:
