@@ -18,7 +18,7 @@ from retentive.ops.decay import row_scale
 
 
 class Constant(nn.Module):
-    """A float64 vector that follows its module from device to device and is otherwise fixed.
+    """A float64 vector on the device of its module's parameters, and otherwise fixed.
 
     It is no buffer: `.to(dtype)`, `to_empty` and checkpoints leave its values alone.
     """
@@ -26,16 +26,20 @@ class Constant(nn.Module):
     def __init__(self, value: Tensor):
         super().__init__()
         self.value = value
+        self._follow(torch.empty(0).device)  # where a parameter made now would be
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        device = fn(torch.empty(0, device=self.value.device)).device
-        if device.type not in ("meta", "mps"):  # one has no values, the other no float64
-            self.value = self.value.to(device)
+        self._follow(fn(torch.empty(0, device=self.value.device)).device)
         return super()._apply(fn, recurse)
 
+    def _follow(self, device: torch.device) -> None:
+        if device.type not in ("meta", "mps"):  # one has no values, the other no float64
+            self.value = self.value.to(device)
+
     def on(self, device: torch.device) -> Tensor:
-        """The vector on `device`; in float32 where that is another than its own."""
-        return self.value if self.value.device == device else self.value.float().to(device)
+        """The vector on `device`; in float32 where there is no float64."""
+        value = self.value.float() if device.type == "mps" else self.value
+        return value.to(device)
 
 
 class Angles(NamedTuple):
