@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from retentive.errors import InputError
@@ -72,9 +73,10 @@ class _LinearCrossEntropy(Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaled in place: a second backward of this graph is refused by autograd, as usual.
-        scaled = (None if x is None else x.mul_(grads[0]) for x in ctx.saved_tensors)
+        # Not in place: with retain_graph=True there may be another backward.
+        scaled = (None if x is None else x * grads[0] for x in ctx.saved_tensors)
         return (*scaled, None, None, None)
 
 
