@@ -1,7 +1,7 @@
 """The Transformer's state: preallocated keys and values that are appended to and never changed.
 
-Shapes: B rows, T new tokens, G key-value heads, d head dim; buffers `[B,G,capacity,d]`: with the
-tokens of a head side by side, decoding reads them 1.6 times as fast as the other way round.
+Shapes: B rows, T new tokens, G key-value heads, d head dim; buffers `[B,G,capacity,d]`:
+the tokens of a head are side by side, because a decoding step reads one head after the other.
 """
 
 from collections.abc import Sequence

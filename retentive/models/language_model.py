@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from retentive.errors import InputError
 from retentive.models import layout as layouts
 from retentive.models.config import ModelConfig
-from retentive.models.layers import dropout, norm
+from retentive.models.layers import Recomputing, dropout, norm
 from retentive.models.layout import Angles, Layout, Rotation
 from retentive.models.loss import linear_cross_entropy
 from retentive.models.state import LayerState, RetNetState
@@ -34,7 +34,6 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, blocks: Sequence[nn.Module], rotation: Rotation):
         super().__init__()
         self.config = config
-        self.checkpoint_layers = False
         self.rotation = rotation
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = dropout(config)
@@ -43,8 +42,20 @@ class LanguageModel(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.checkpoint_layers = False
         if not self.embed_tokens.weight.is_meta:
             self.init_weights()
+
+    @property
+    def checkpoint_layers(self) -> bool:
+        return self._checkpoint_layers
+
+    @checkpoint_layers.setter
+    def checkpoint_layers(self, on: bool) -> None:
+        self._checkpoint_layers = on
+        for module in self.modules():
+            if isinstance(module, Recomputing):
+                module.recompute = not on
 
     # Calls
 
@@ -75,6 +86,7 @@ class LanguageModel(nn.Module):
         """
         if layout is None:
             layout = self.layout(tokens, state)
+        self._check_tokens(tokens)
         self._check(tokens, state, layout)
         x = self.dropout(self._embed(tokens))
         after: list[Any] = []
@@ -105,8 +117,7 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, state: RetNetState | None = None, padding_mask: Tensor | None = None
     ) -> Layout:
         """Of tokens `[B,T]` or embeddings `[B,T,D]`: dense, or packed where some are padding."""
-        if tokens.ndim < 2 or 0 in tokens.shape:
-            raise InputError(f"tokens are {list(tokens.shape)}; give [B,T] with at least one token")
+        self._check_tokens(tokens)
         shape = (tokens.shape[0], tokens.shape[1])
         start = None if state is None else self._positions(state, shape[0])
         if padding_mask is None:
@@ -189,6 +200,23 @@ class LanguageModel(nn.Module):
                 f"tokens run from {int(tokens.min())} to {int(tokens.max())};"
                 f" this model's are 0 to {self.config.vocab_size - 1}"
             ) from None
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        width = self.config.hidden_size
+        if not isinstance(tokens, Tensor):
+            given, fit = f"a {type(tokens).__name__}", False
+        else:
+            given = f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}"
+            if tokens.is_floating_point():
+                fit = tokens.ndim == 3 and tokens.shape[2] == width
+            else:
+                fit = tokens.ndim == 2 and tokens.dtype in (torch.int32, torch.int64)
+            fit = fit and 0 not in tokens.shape
+        if not fit:
+            raise InputError(
+                f"tokens are {given}; give at least one, int64 or int32 [B,T],"
+                f" or embeddings [B,T,{width}]"
+            )
 
     def _positions(self, state: RetNetState, rows: int) -> Tensor:
         if not isinstance(state, RetNetState):

@@ -22,11 +22,28 @@ ACTIVATIONS = {"gelu": F.gelu, "swish": F.silu}
 HEAD_NORMS = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
 
 
-class MultiScaleRetention(nn.Module):
+class Recomputing(nn.Module):
+    """A part of a block that keeps little for its backward, unless the block keeps nothing."""
+
+    recompute = True  # False where the whole block is computed again anyway
+
+    def recomputed(self, segment: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """`segment(*inputs)`, of which only the inputs are kept for the backward.
+
+        The backward runs it again up to the last tensor it needs: of some elementwise steps and a
+        projection after them the steps, which cost memory, but not the product, which costs time.
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            return segment(*inputs)
+        return checkpoint(segment, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class MultiScaleRetention(Recomputing):
     """Gated multi-scale retention: MSR(X) = (swish(X W_G) ⊙ HeadNorm(Retention(X))) W_O.
 
-    Usable in any model. The options mean what they mean in `RetNetConfig`. The attributes `form`,
-    `backend` and `chunk_size` choose how retention is computed, not what (`retentive.ops`).
+    Usable in any model. The options mean what they mean in `RetNetConfig`; its weights are
+    initialised as the authors' code does. The attributes `form`, `backend` and `chunk_size` choose
+    how retention is computed, not what (`retentive.ops`).
     """
 
     def __init__(
@@ -54,6 +71,7 @@ class MultiScaleRetention(nn.Module):
             decay=decay,
             rotation=rotation,
             rotation_base=rotation_base,
+            row_scale=row_scale,
             head_norm=head_norm,
             head_norm_eps=head_norm_eps,
         )
@@ -74,6 +92,8 @@ class MultiScaleRetention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_heads * V, bias=False)
         self.g_proj = nn.Linear(hidden_size, num_heads * V, bias=False)
         self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=False)
+        if not self.o_proj.weight.is_meta:
+            self.init_weights("official", 1)
 
     def forward(
         self,
@@ -109,7 +129,7 @@ class MultiScaleRetention(nn.Module):
             backend=self.backend,
             output_state=layout.keeps_state,
         )
-        y = recomputed(self._gated_output, o, self.g_proj(x))
+        y = self.recomputed(self._gated_output, o, self.g_proj(x))
         return y, None if final is None else layout.leave(final)
 
     def _gated_output(self, o: Tensor, gate: Tensor) -> Tensor:
@@ -117,13 +137,19 @@ class MultiScaleRetention(nn.Module):
         return self.o_proj(F.silu(gate) * normed.flatten(-2))
 
     def _layout(self, x: Tensor, state: Tensor | None, positions: Tensor | None) -> Layout:
+        width = self.q_proj.in_features
+        if x.ndim != 3 or x.shape[2] != width or 0 in x.shape:
+            raise InputError(
+                f"x is {list(x.shape)}; give [B,T,{width}] with at least one row and token"
+            )
         if positions is None:
             if state is not None:
                 raise InputError("a state came without positions; give those of the tokens, [B,T]")
             positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-        if positions.ndim != 2 or positions.shape[1] != x.shape[1]:
+        elif positions.shape != x.shape[:2] or positions.dtype != torch.int64:
             raise InputError(
-                f"positions are {list(positions.shape)} for x {list(x.shape)}; give [B,T]"
+                f"positions are {positions.dtype} {list(positions.shape)} for x {list(x.shape)};"
+                f" give int64 {list(x.shape[:2])}"
             )
         dtype = torch.promote_types(x.dtype, torch.float32)
         return Layout(positions, self.rotation(positions, dtype), positions[:, -1] + 1)
@@ -143,7 +169,7 @@ class MultiScaleRetention(nn.Module):
                 init.xavier_normal_(projection.weight, deepnet_gain(depth), generator)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Recomputing):
     """FFN(X) = act(X W_up) W_down, or gated: (act(X W_gate) ⊙ X W_up) W_down."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, act: Activation, gated: bool):
@@ -155,7 +181,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = None if self.gate_proj is None else self.gate_proj(x)
-        return recomputed(self._output, self.up_proj(x), gate)
+        return self.recomputed(self._output, self.up_proj(x), gate)
 
     def _output(self, up: Tensor, gate: Tensor | None) -> Tensor:
         return self.down_proj(self.act(up) if gate is None else self.act(gate) * up)
@@ -172,17 +198,6 @@ class FeedForward(nn.Module):
                 init.uniform_(projection.weight, -bound, bound, generator)
             else:
                 init.xavier_normal_(projection.weight, deepnet_gain(depth), generator)
-
-
-def recomputed(segment: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """`segment(*inputs)`, of which only the inputs are kept for the backward.
-
-    The backward runs it again up to the last tensor it needs: of some elementwise steps and a
-    projection after them the steps, but not the product. Training takes a third less memory for it.
-    """
-    if not torch.is_grad_enabled():
-        return segment(*inputs)
-    return checkpoint(segment, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def norm(config: ModelConfig) -> nn.Module:

@@ -206,6 +206,18 @@ def test_activation_checkpointing_gives_equal_gradients(make_model, tokens, drop
             torch.testing.assert_close(one, other, **EXACT)
 
 
+def test_what_a_checkpointed_block_computes_again_it_computes_once(make_model, tokens) -> None:
+    model = make_model("retnet").train()
+    calls = []
+    for part in (model.layers[0].ffn.down_proj, model.layers[0].ffn.up_proj):
+        part.register_forward_hook(lambda *_, part=part: calls.append(part))
+    model.checkpoint_layers = True
+    h, _ = model.hidden(tokens)
+    model.loss(h, tokens).backward()
+    assert calls.count(model.layers[0].ffn.up_proj) == 2
+    assert calls.count(model.layers[0].ffn.down_proj) <= 2
+
+
 def test_dropout_acts_in_training_only(make_model, tokens: Tensor) -> None:
     model = make_model("retnet", dropout=0.5)
     assert not torch.equal(model.train()(tokens)[0], model(tokens)[0])
@@ -307,6 +319,10 @@ def test_refuses_what_does_not_fit(model: LanguageModel, tokens: Tensor, make_mo
     refused(lambda: model(tokens - 61), "-61", "0 to 60")
     refused(lambda: model(tokens[:, :0]), "[3, 0]")
     refused(lambda: model(tokens[0]), "[11]", "[B,T]")
+    refused(lambda: model(tokens.tolist()), "a list", "[B,T]")
+    for dtype in (torch.float32, torch.int16, torch.bool):
+        refused(lambda dtype=dtype: model(tokens.to(dtype)), str(dtype)[6:], "int64", "[B,T,32]")
+    refused(lambda: model.hidden(torch.zeros(3, 11, 31)), "[3, 11, 31]", "[B,T,32]")
     refused(lambda: model(tokens[:2], state), "3 rows", "2")
     refused(lambda: model(tokens, state.layers), "list")
     refused(lambda: model(tokens, padding_mask=torch.ones(3, 4)), "[3, 4]", "[3, 11]")

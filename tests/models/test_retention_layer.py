@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from retentive.devices import available_devices
 from retentive.errors import InputError
 from retentive.models.layers import MultiScaleRetention
 from retentive.models.layout import Rotation
@@ -154,6 +155,18 @@ def test_from_the_meta_device_constants_come_whole() -> None:
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("device", available_devices())
+def test_constants_are_where_the_parameters_are(device: str) -> None:
+    """However a layer comes to its device; but a device without float64 has none of them."""
+    with torch.device(device):
+        built = MultiScaleRetention(32, 4)
+    for layer in (built, built.to(torch.bfloat16), MultiScaleRetention(32, 4).to(device)):
+        assert layer.q_proj.weight.device.type == device
+        for constant in (layer.log_decay, layer.rotation.frequencies):
+            assert constant.value.device.type == ("cpu" if device == "mps" else device)
+            assert constant.value.dtype == torch.float64
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_states_stay_in_float32(dtype: torch.dtype) -> None:
     layer = MultiScaleRetention(32, 4).to(dtype)
@@ -187,6 +200,10 @@ def test_learns_in_another_model() -> None:
         (lambda: MultiScaleRetention(12, 4), ["odd", "3"]),
         (lambda: MultiScaleRetention(16, 2, head_norm="groupnorm"), ["'groupnorm'", "layernorm"]),
         (lambda: MultiScaleRetention(16, 2, decay="powers"), ["'powers'", "'power'"]),
+        (lambda: MultiScaleRetention(16, 2, row_scale="no"), ["row_scale", "'no'"]),
+        (lambda: MultiScaleRetention(16, 2)(torch.zeros(2, 0, 16)), ["[2, 0, 16]", "[B,T,16]"]),
+        (lambda: MultiScaleRetention(16, 2)(torch.zeros(2, 16)), ["[2, 16]", "[B,T,16]"]),
+        (lambda: MultiScaleRetention(16, 2)(torch.zeros(2, 3, 8)), ["[2, 3, 8]", "[B,T,16]"]),
     ],
 )
 def test_refuses_wrong_sizes(call, words: list[str]) -> None:
@@ -203,3 +220,14 @@ def test_refuses_a_state_without_its_place() -> None:
         layer(x, state)
     with pytest.raises(InputError, match=r"\[2, 4\]"):
         layer(x, state, torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"\[3, 3\].*give int64 \[2, 3\]"):
+        layer(x, state, torch.zeros(3, 3, dtype=torch.int64))
+    with pytest.raises(InputError, match="float32"):
+        layer(x, state, torch.zeros(2, 3))
+
+
+def test_alone_its_weights_are_the_authors() -> None:
+    torch.manual_seed(0)
+    layer = MultiScaleRetention(128, 2)
+    assert layer.q_proj.weight.std().item() == pytest.approx(2**-2.5 * 128**-0.5, rel=0.05)
+    assert layer.o_proj.weight.std().item() == pytest.approx(2**-1 * 192**-0.5, rel=0.05)
