@@ -6,6 +6,7 @@ checks: an unknown key or a wrong type is named with its table and the nearest k
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,9 +74,12 @@ class OptimizerConfig:
     final_lr: float = 0.0
     """Where the schedule ends, as a fraction of lr."""
     clip: float = 2.0
-    """Largest norm of the gradient; larger ones are scaled down to it."""
+    """Largest norm of the gradient; larger ones are scaled down to it. inf: none are."""
 
     def __post_init__(self):
+        for key in ("lr", "eps", "weight_decay", "final_lr"):
+            if not math.isfinite(getattr(self, key)):
+                raise InputError(f"optimizer.{key} is {getattr(self, key)}; it must be finite")
         _at_least("optimizer.warmup", self.warmup, 0)
         for key in ("lr", "eps", "clip"):
             if not getattr(self, key) > 0:
@@ -133,6 +137,10 @@ class TrainConfig:
             _at_least(f"train.{key}", getattr(self, key), 0)
         if self.micro_batch is not None:
             _at_least("train.micro_batch", self.micro_batch, 1)
+        if self.seed >= 2**64:
+            raise InputError(f"train.seed is {self.seed}; it must be below 2**64")
+        if not self.sample_prompt:
+            raise InputError("train.sample_prompt is empty; give the text that a sample continues")
 
 
 def _at_least(key: str, value: float, least: float) -> None:
@@ -204,7 +212,9 @@ def load_config(
     for key, words in (overrides or {}).items():
         section, name = key.split(".", 1)
         value = _from_words(key, option(key).type, words)
-        table.setdefault(section, {})[name] = value
+        given = table.setdefault(section, {})
+        if isinstance(given, dict):  # what is no table is named with all other mistakes
+            given[name] = value
     return RunConfig.from_table(table)
 
 

@@ -4,11 +4,10 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from retentive.data.dataset import Corpus, prepare
 from retentive.data.tokenizer import save_tokenizer
@@ -22,7 +21,7 @@ from retentive.train.config import RunConfig
 from retentive.train.interrupt import stop_requests
 from retentive.train.metrics import MetricsLog, measure_gemm_rate, plot_curve, read_metrics
 from retentive.train.progress import Display
-from retentive.train.trainer import Trainer, autocast, compute_dtype
+from retentive.train.trainer import Trainer, autocast, compute_dtype, enough_memory
 from retentive.train.validate import validate
 
 RECORD = "run.json"
@@ -62,7 +61,7 @@ def train(
     run_folder = RunFolder.open(Path(folder), resume=resume)
     corpus = prepare(config.data, progress=None if quiet else _tell)
     run = Run(config, run_folder, corpus)
-    if run.step < config.train.steps:
+    if run.step < config.train.steps or run.owed():
         run.go(quiet)
     validations = [r for r in read_metrics(run.log.path) if "valid_loss" in r]
     last = validations[-1] if validations else {}
@@ -87,8 +86,9 @@ class Run:
         self.model_config = config.model.build(corpus.vocab_size)
         before: dict[str, Any] = {"step": 0, "seconds": 0.0}
         if checkpoint := folder.newest():
-            before = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+            before = _read_record(checkpoint)
             _check_unchanged(folder.path, before, self.description())
+            _check_not_past(folder.path, before["step"], config.train.steps)
         self.trainer = Trainer(config, corpus, checkpoint)
         self.trainer.step = before["step"]
         self._began = time.perf_counter() - before["seconds"]
@@ -130,26 +130,21 @@ class Run:
                 f"{str(trainer.dtype).removeprefix('torch.')}, GEMM {gemm_rate / 1e9:,.0f} GFLOP/s"
             )
             stopping = False
+            self._report(display)
             while self.step < train.steps and not stopping:
                 self._update(display, flops / gemm_rate)
-                if self.corpus.valid.num_tokens and self._due(train.valid_every):
-                    self._validate(display)
-                if self._due(train.sample_every):
-                    self._sample(display)
                 stopping = stop.made
                 if stopping or self._due(train.save_every):
-                    self._save()
+                    self._save()  # first: whatever fails in a report costs no step
+                self._report(display)
 
     def _update(self, display: Display, gemm_seconds: float) -> None:
         """`gemm_seconds`: what a token would take at the machine's GEMM rate."""
         start = time.perf_counter()
-        try:
+        remedy = "lower --train.micro-batch (which changes no result), or set "
+        remedy += "--train.checkpoint-layers"
+        with enough_memory(f"step {self.step + 1}", self.trainer.device, remedy):
             update = self.trainer.update()
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"step {self.step + 1} needs more memory than {self.trainer.device} has; lower "
-                "--train.micro-batch (which changes no result), or set --train.checkpoint-layers"
-            ) from None
         speed = update["tokens"] / (time.perf_counter() - start)
         display.update(self.step, update["loss"], speed)
         self._record(
@@ -162,6 +157,25 @@ class Run:
     def _due(self, every: int) -> bool:
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
 
+    def _report(self, display: Display) -> None:
+        for report in self.owed():
+            report(display)
+
+    def owed(self) -> list[Callable[[Display], None]]:
+        """The validation and the sample due at this step; an end after its save may leave some."""
+        train, owed = self.config.train, []
+        if self.corpus.valid.num_tokens and self._is_owed("valid_loss", train.valid_every):
+            owed.append(self._validate)
+        if self._is_owed("sample", train.sample_every):
+            owed.append(self._sample)
+        return owed
+
+    def _is_owed(self, key: str, every: int) -> bool:
+        if self.step == 0 or not self._due(every):
+            return False
+        records = read_metrics(self.log.path)
+        return not any(r["step"] == self.step and key in r for r in records)
+
     def _record(self, **values: Any) -> None:
         with self.folder.writes(self.log.path):
             self.log.write(self.step, **values)
@@ -169,14 +183,16 @@ class Run:
     def _validate(self, display: Display) -> None:
         """During the run on the same few tokens each time, at its end on all of them."""
         train = self.config.train
-        loss, bits = validate(
-            self.trainer.model,
-            self.corpus,
-            batch_size=train.batch_size,
-            seq_len=train.seq_len,
-            dtype=self.trainer.dtype,
-            max_tokens=None if self.step == train.steps else train.valid_tokens,
-        )
+        remedy = "take a smaller --train.batch-size (in a run of its own)"
+        with enough_memory("validation", self.trainer.device, remedy):
+            loss, bits = validate(
+                self.trainer.model,
+                self.corpus,
+                batch_size=train.batch_size,
+                seq_len=train.seq_len,
+                dtype=self.trainer.dtype,
+                max_tokens=None if self.step == train.steps else train.valid_tokens,
+            )
         self._record(valid_loss=loss, bits_per_byte=bits)
         display.say(
             f"step {self.step}: validation loss {loss:.4f} nats a token, {bits:.4f} bits per byte"
@@ -203,6 +219,23 @@ class Run:
             save_tokenizer(self.corpus.tokenizer, checkpoint)
             progress = {"step": self.step, "seconds": self.seconds}
             write_text(checkpoint / RECORD, json.dumps(progress | self.description(), indent=2))
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(
+            f"{checkpoint / RECORD} is damaged; delete {checkpoint}, and --resume goes on from the "
+            "checkpoint before"
+        ) from None
+
+
+def _check_not_past(folder: Path, step: int, steps: int) -> None:
+    if step > steps:
+        raise InputError(
+            f"{folder} is at step {step} already, past --train.steps {steps}; give a higher number"
+        )
 
 
 def _check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -67,7 +67,8 @@ def _summary_writer(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError(
-            "train.tensorboard needs the package tensorboard: pip install it, or leave the key out"
+            "train.tensorboard needs the package tensorboard: pip install retentive[tensorboard], "
+            "or leave the key out"
         ) from None
     return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
@@ -109,7 +110,8 @@ def _running_mean(values: list[float]) -> list[float]:
 def measure_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of a large matrix product: the best one within `seconds`, after one to warm up."""
     n = 1024 if device.type == "cpu" else 4096
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    private = torch.Generator(device)  # a resumed run has its own random numbers restored by now
+    a, b = torch.randn(2, n, n, device=device, generator=private).to(dtype)
     best = float("inf")
     (a @ b)[0, 0].item()
     deadline = time.perf_counter() + seconds

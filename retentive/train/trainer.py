@@ -1,6 +1,8 @@
 """One run's model, optimizer and place in the data, and the update that moves all three."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -43,13 +45,14 @@ class Trainer:
         self.order = BatchOrder(
             corpus.train, train.batch_size, train.seq_len, train.seed, carry=train.carry_state
         )
-        self.model = self._build_model(corpus.vocab_size, checkpoint)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        # Carried from step to step, a row for each of the batch's.
-        self.state = self.model.init_state(train.batch_size) if train.carry_state else None
         self.step = 0
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        with enough_memory("the model", self.device, "take a smaller one, or another --device"):
+            self.model = self._build_model(corpus.vocab_size, checkpoint)
+            self.optimizer = build_optimizer(self.model, config.optimizer)
+            # Carried from step to step, a row for each of the batch's.
+            self.state = self.model.init_state(train.batch_size) if train.carry_state else None
+            if checkpoint is not None:
+                self._restore(checkpoint)
 
     def _build_model(self, vocab_size: int, checkpoint: Path | None) -> LanguageModel:
         """The model, and what is applied to it from outside: checkpointing, compilation."""
@@ -127,6 +130,19 @@ class Trainer:
         restore_optimizer(self.model, self.optimizer, tensors)
         if self.state is not None:
             self.state, _, _ = RetNetState.load(folder / CARRIED, model=self.model)
+
+
+@contextlib.contextmanager
+def enough_memory(what: str, device: torch.device, remedy: str) -> Iterator[None]:
+    """What does not fit within the block, as one line: `what`, and the `remedy`."""
+    try:
+        yield
+    except RuntimeError as error:
+        # The allocators of the CPU and of Metal have no exception of their own.
+        said = ("DefaultCPUAllocator", "MPS backend out of memory")
+        if isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in said):
+            raise InputError(f"{what} needs more memory than {device} has; {remedy}") from None
+        raise
 
 
 def new_model(config: RetNetConfig | TransformerConfig) -> LanguageModel:

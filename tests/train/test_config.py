@@ -99,10 +99,12 @@ DEMO = '[model]\nsize = "demo"\n'
         (DEMO + "[train]\nmicro_batch = 0", "train.micro_batch is 0; it must be at least 1"),
         (DEMO + "[optimizer]\nbetas = [0.9]", "optimizer.betas is [0.9]; it must be a tuple"),
         (DEMO + "[optimizer]\nbetas = [0.9, 1]", "optimizer.betas is (0.9, 1)"),
-        (DEMO + "[optimizer]\nlr = nan", "optimizer.lr is nan; it must be above 0"),
+        (DEMO + "[optimizer]\nlr = nan", "optimizer.lr is nan; it must be finite"),
+        (DEMO + "[optimizer]\nweight_decay = inf", "optimizer.weight_decay is inf; it must be fin"),
+        (DEMO + "[train]\nsample_prompt = ''", "train.sample_prompt is empty"),
         (DEMO + '[optimizer]\nschedule = "cos"', "it must be 'linear', 'cosine' or 'constant'"),
         ('[model]\nsize = "2b"', "unknown model size '2b' (did you mean '2.7b'?)"),
-        (DEMO + "num_heads = 3", "not divisible by num_heads 3"),
+        (DEMO + "num_heads = 7", "not divisible by num_heads 7"),
         (DEMO + "num_kv_heads = 2", 'model.num_kv_heads belongs to kind = "transformer"'),
         ("[model]\nhidden_size = 8", "neither a size nor num_heads, num_hidden_layers"),
         ("", "neither a size nor"),
@@ -124,12 +126,23 @@ def test_a_mistake_in_the_file_is_named_in_one_line(tmp_path: Path, text: str, c
         (["--optimizer.lrr=1"], "did you mean 'optimizer.lr'"),
         (["--optimizer.lr", "fast"], "optimizer.lr is 'fast'; it must be a valid number"),
         (["--optimizer.lr"], "--optimizer.lr needs a value"),
+        (["--train.seed", "9" * 23], r"train.seed is 9+; it must be below 2\*\*64"),
         (["--train.compile=maybe"], "train.compile is 'maybe'; it must be a valid boolean"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(tmp_path: Path, argv: list[str], complaint: str):
     with pytest.raises(InputError, match=complaint):
         load_config(write(tmp_path, DEMO), split_overrides(argv)[0])
+
+
+def test_an_override_of_what_is_no_table(tmp_path: Path):
+    with pytest.raises(InputError, match=r"train is 3; it must be a table, \[train\]"):
+        load_config(write(tmp_path, "train = 3\n" + DEMO), {"train.steps": ["5"]})
+
+
+def test_a_gradient_may_be_left_unclipped(tmp_path: Path):
+    config = load_config(write(tmp_path, DEMO + "[optimizer]\nclip = inf"))
+    assert config.optimizer.clip == float("inf")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path):

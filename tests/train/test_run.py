@@ -22,7 +22,7 @@ from retentive.errors import InputError
 from retentive.train.checkpoints import RunFolder
 from retentive.train.config import RunConfig
 from retentive.train.loop import train
-from retentive.train.metrics import read_metrics
+from retentive.train.metrics import measure_gemm_rate, read_metrics
 from retentive.train.trainer import Trainer
 
 Tiny = Callable[..., RunConfig]
@@ -127,6 +127,49 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_measuring_the_machine_leaves_the_random_numbers_as_they_are(
+    tiny: Tiny,
+    tmp_path: Path,
+    signal_after: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Else dropout would go on differently after a stop than without one."""
+    monkeypatch.setattr(
+        "retentive.train.loop.measure_gemm_rate",
+        lambda device, dtype: measure_gemm_rate(device, dtype, seconds=0.05),
+    )
+    before = torch.get_rng_state()
+    assert measure_gemm_rate(torch.device("cpu"), torch.float32, seconds=0.05) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+    train(tiny(), tmp_path / "whole", quiet=True)
+    signal_after(3, signal.SIGINT)
+    train(tiny(), tmp_path / "cut", quiet=True)
+    train(tiny(), tmp_path / "cut", resume=True, quiet=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("report", ["validate", "generate", "plot_curve"])
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_report_that_fails_loses_no_step_and_is_made_up_for(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: str, step: int
+):
+    every = step % 6  # 0: only at the end
+    config = tiny(train={"save_every": 2, "valid_every": every, "sample_every": every})
+    train(config, tmp_path / "whole", quiet=True)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ArithmeticError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"retentive.train.loop.{report}", fail)
+        with pytest.raises(ArithmeticError):
+            train(config, tmp_path / "cut", quiet=True)
+    newest = RunFolder(tmp_path / "cut").newest()
+    assert newest is not None and newest.name == f"step-{step:08d}"
+    assert train(config, tmp_path / "cut", resume=True, quiet=True).finished
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_a_second_signal_interrupts_at_once(
     tiny: Tiny,
     tmp_path: Path,
@@ -171,6 +214,19 @@ def test_a_higher_number_of_steps_continues_a_finished_run(tiny: Tiny, tmp_path:
     train(tiny(), tmp_path / "run", quiet=True)
     longer = train(tiny(train={"steps": 8}), tmp_path / "run", resume=True, quiet=True)
     assert (longer.step, longer.finished) == (8, True)
+
+
+def test_a_run_past_the_number_of_steps_is_refused(tiny: Tiny, tmp_path: Path):
+    train(tiny(), tmp_path / "run", quiet=True)
+    with pytest.raises(InputError, match=r"is at step 6 already, past --train\.steps 3; give"):
+        train(tiny(train={"steps": 3}), tmp_path / "run", resume=True, quiet=True)
+
+
+def test_a_damaged_record_is_named(tiny: Tiny, tmp_path: Path):
+    train(tiny(), tmp_path / "run", quiet=True)
+    (tmp_path / "run/checkpoints/step-00000006/run.json").write_text('{"step": 6, "se')
+    with pytest.raises(InputError, match=r"run\.json is damaged; delete .*step-00000006, and"):
+        train(tiny(), tmp_path / "run", resume=True, quiet=True)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tiny: Tiny, tmp_path: Path):
@@ -342,11 +398,30 @@ def test_a_gpu_too_small_is_told_what_helps(
         train(tiny(), tmp_path / "run", quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("trainer.new_model", r"the model needs more memory than cpu has; take a smaller one"),
+        ("loop.Trainer.update", r"step 1 needs more memory than cpu has; lower --train\.micro"),
+        ("loop.validate", r"validation needs more memory than cpu has; .*--train\.batch-size"),
+    ],
+)
+def test_a_machine_without_enough_memory(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, line: str
+):
+    def fill(*arguments: Any, **options: Any) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(f"retentive.train.{place}", fill)
+    with pytest.raises(InputError, match=line):
+        train(tiny(), tmp_path / "run", quiet=True)
+
+
 def test_tensorboard_that_is_not_installed(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match="needs the package tensorboard"):
+    with pytest.raises(InputError, match=r"pip install retentive\[tensorboard\]"):
         train(tiny(train={"tensorboard": True}), tmp_path / "run", quiet=True)
     assert train(tiny(), tmp_path / "run", quiet=True).finished
 
