@@ -10,8 +10,8 @@ from pathlib import Path
 def cache_root(folder: str | None = None) -> Path:
     """`folder`, or $RETENTIVE_CACHE, or `retentive` in the user's cache folder."""
     if folder := folder or os.environ.get("RETENTIVE_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retentive"
+        return Path(os.path.expanduser(folder))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "retentive")
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -86,7 +86,7 @@ def _tell_left_out(name: str) -> None:
 def _files(source: str) -> list[Path]:
     if source == "stdlib":
         return _stdlib_files(Path(sysconfig.get_path("stdlib")))
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # where Path's own raises for an unknown user
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -100,6 +100,8 @@ def _files(source: str) -> list[Path]:
         if not found:
             raise InputError(f"no file matches {source}")
         return found
+    if path.exists():
+        raise InputError(f"{source} is no regular file; a corpus is read more than once")
     beside = os.listdir(path.parent) if path.parent.is_dir() else []
     near = nearest(path.name, beside)
     raise InputError(f'{source} does not exist{near}; give a file, a folder, a glob or "stdlib"')

@@ -32,7 +32,7 @@ from retentive.errors import InputError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = 1  # of the cache; counts up when the same corpus would give other files
+_FORMAT = 2  # of the cache; counts up when the same corpus would give other files
 _TOLD = 10_000_000  # bytes of text between two lines of progress
 
 Progress = Callable[[str], None]
@@ -138,8 +138,7 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> Corpus:
     folder = cache_root(config.cache) / "tokens" / key
     made_once(folder, lambda aside: _build(config, aside, tell))
     tokenizer = load_tokenizer(folder)
-    tokenizer.encode_special_tokens = True  # text that spells the end token out does not end
-    facts = json.loads((folder / "facts.json").read_text())
+    facts = _read_facts(folder)
     dtype = _dtype(tokenizer)
     train = _open_split(folder, "train", facts["train"], dtype)
     valid = _open_split(folder, "valid", facts["valid"], dtype)
@@ -194,7 +193,6 @@ def _make_tokenizer(config: DataConfig, tell: Progress) -> "Tokenizer":
             end_id(tokenizer)
         except InputError:
             tokenizer.add_special_tokens([END])
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -230,6 +228,17 @@ def _dtype(tokenizer: "Tokenizer") -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size(tokenizer) <= 2**16 else np.uint32
 
 
+def _read_facts(folder: Path) -> dict[str, dict[str, int]]:
+    try:
+        return json.loads((folder / "facts.json").read_text())
+    except ValueError:
+        raise _damaged(folder) from None
+
+
+def _damaged(folder: Path) -> InputError:
+    return InputError(f"{folder} is damaged: delete this folder, it is only a cache")
+
+
 def _open_split(
     folder: Path, name: str, facts: dict[str, int], dtype: type[np.unsignedinteger]
 ) -> Split:
@@ -240,7 +249,7 @@ def _open_split(
 
 def _map(path: Path, dtype: type[np.integer], length: int) -> np.ndarray:
     if path.stat().st_size != length * np.dtype(dtype).itemsize:
-        raise InputError(f"{path.parent} is damaged: delete this folder, it is only a cache")
+        raise _damaged(path.parent)
     if not length:  # nothing cannot be mapped
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r")

@@ -4,6 +4,7 @@ All are `tokenizers.Tokenizer`. Ours have the end token as id 0, then the 256 by
 every text can be written in them and decodes to itself.
 """
 
+import heapq
 import os
 import random
 import re
@@ -22,7 +23,7 @@ END = "<|end|>"
 FILE = "tokenizer.json"
 _END_NAMES = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _SMALLEST = 257  # the end token and the bytes
-_SAMPLE = 2048  # pieces of `_PIECE` characters: what BPE is trained on at most, 32 MB
+_SAMPLE = 2**25  # characters that BPE is trained on at most, in pieces of about `_PIECE`
 _PIECE = 2**14
 _AT_ONCE = 2**19  # characters encoded at once: the library holds up to 450 bytes for each
 
@@ -30,7 +31,7 @@ _AT_ONCE = 2**19  # characters encoded at once: the library holds up to 450 byte
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     """Byte-level BPE with at most `vocab_size` entries (fewer if `texts` has too little to merge).
 
-    Trained on an even random sample of at most 32 million characters, so that memory stays below
+    Trained on an even random sample of at most 2**25 characters, so that memory stays below
     a few hundred MB whatever the corpus.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -49,6 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         show_progress=False,  # pyright: ignore
     )
     tokenizer.train_from_iterator(_sample(texts), trainer)
+    tokenizer.encode_special_tokens = True  # text that spells the end token out does not end
     return tokenizer
 
 
@@ -58,10 +60,13 @@ def byte_tokenizer() -> "Tokenizer":
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer":
-    """The tokenizer of a model folder, or of a tokenizer.json, whole texts and no padding."""
+    """The tokenizer of a model folder, or of a tokenizer.json, whole texts and no padding.
+
+    Text that spells a special token out is text, as in training.
+    """
     from tokenizers import Tokenizer
 
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if file.is_dir():
         file /= FILE
     if not file.is_file():
@@ -72,6 +77,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer":
         raise InputError(f"{file} is no tokenizer.json: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -146,14 +152,15 @@ def _groups(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool
         yield group
 
 
-_BETWEEN_LINES = re.compile(r"\S\n(?=\S)")  # where byte-level BPE never merges over the cut
+# Where byte-level BPE never merges over the cut: it takes the last of several line ends for itself.
+_BETWEEN_LINES = re.compile(r"\S\n(?=\S)|\n(?=\n\S)")
 
 
 def cut(text: str, length: int) -> Iterator[tuple[str, bool]]:
     """`text` in pieces of about `length` characters that tokenize like the whole; is it the last?
 
-    Cut after a line end between two lines that are not indented or empty; where none comes within
-    another `length`, anywhere.
+    Cut after a line end between two lines that are not indented or empty, or before the line end of
+    an empty line above an unindented one; where none comes within another `length`, anywhere.
     """
     start = 0
     while len(text) - start > 2 * length:
@@ -165,13 +172,13 @@ def cut(text: str, length: int) -> Iterator[tuple[str, bool]]:
 
 
 def _sample(texts: Iterable[str]) -> list[str]:
-    """A uniform sample of the pieces of `texts` (reservoir sampling, the same every time)."""
+    """A uniform sample of the pieces of `texts`, the same every time: those of the highest dice."""
     dice = random.Random(0)
-    kept: list[str] = []
-    pieces = (piece for text in texts for piece, _ in cut(text, _PIECE))
-    for seen, piece in enumerate(pieces):
-        if seen < _SAMPLE:
-            kept.append(piece)
-        elif (slot := int(dice.random() * (seen + 1))) < _SAMPLE:
-            kept[slot] = piece
-    return kept
+    kept: list[tuple[float, str]] = []
+    length = 0
+    for piece in (piece for text in texts for piece, _ in cut(text, _PIECE)):
+        heapq.heappush(kept, (dice.random(), piece))
+        length += len(piece)
+        while length > _SAMPLE:
+            length -= len(heapq.heappop(kept)[1])
+    return [piece for _, piece in kept]
