@@ -72,9 +72,9 @@ def read_tensors(
 
 
 def fingerprint(model: "LanguageModel", samples: int = 64) -> str:
-    """Hash of the config and of evenly spaced samples of every weight.
+    """The weights' dtype and a hash of the config and of evenly spaced samples of every weight.
 
-    Quick for a model of any size; every step of training changes it.
+    As "float32:...". Quick for a model of any size; every step of training changes it.
     """
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
@@ -83,7 +83,7 @@ def fingerprint(model: "LanguageModel", samples: int = 64) -> str:
         values = flat[::step][:samples].to("cpu", torch.float64)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+    return f"{str(model.dtype).removeprefix('torch.')}:{digest.hexdigest()}"
 
 
 def _aside(path: Path) -> Path:

@@ -184,9 +184,13 @@ class LanguageModel(nn.Module):
         return self.embed_tokens.weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
     def exact_dtype(self) -> torch.dtype:
         """Of angles and retention states: float64 in a float64 model, float32 in any other."""
-        return torch.promote_types(self.embed_tokens.weight.dtype, torch.float32)
+        return torch.promote_types(self.dtype, torch.float32)
 
     # What a caller may get wrong
 

@@ -163,7 +163,14 @@ class RetNetState:
         held, metadata = read_tensors(path, "state file")
         if metadata.get("format") != FORMAT:
             raise InputError(f"{path} holds no saved state; give a file written by --save-state")
-        if metadata["fingerprint"] != fingerprint_of(model):
+        saved, given = metadata["fingerprint"], fingerprint_of(model)
+        saved_dtype, given_dtype = (mark.partition(":")[0] for mark in (saved, given))
+        if saved_dtype != given_dtype:
+            raise InputError(
+                f"the state in {path} is of a model in {saved_dtype}, this one is in {given_dtype};"
+                f" load the model with --dtype {saved_dtype}"
+            )
+        if saved != given:
             raise InputError(
                 f"the state in {path} is of another model or other weights;"
                 " use the model that wrote it"

@@ -107,6 +107,15 @@ def test_refuses_the_state_of_other_weights(model, make_model, tmp_path) -> None
             RetNetState.load(path, model=other)
 
 
+def test_refuses_the_state_of_another_dtype(model, tmp_path) -> None:
+    path = tmp_path / "state"
+    model.init_state(1).save(path, fingerprint=fingerprint(model))
+    for dtype in ("float32", "bfloat16"):
+        model.to(getattr(torch, dtype))
+        with pytest.raises(InputError, match=f"in float64, this one is in {dtype}; .*float64$"):
+            RetNetState.load(path, model=model)
+
+
 def test_refuses_broken_files(model, tmp_path) -> None:
     path = tmp_path / "state"
     with pytest.raises(InputError, match="does not exist"):
