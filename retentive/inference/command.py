@@ -123,8 +123,10 @@ def _write(session: Session, prompts: Sequence[str], options: Options) -> int:
         seconds = time.perf_counter() - started
         printer.close([] if options.save_state else session.held())
     finally:  # also where the reader of a pipe has left
-        if options.save_state is not None:
+        if options.save_state is not None and session.whole:
             session.save(options.save_state)
+        elif options.save_state is not None:  # a second Ctrl-C, or the step itself failed
+            print(f"stopped within a step: {options.save_state} not saved", file=sys.stderr)
     if interrupted:
         print("interrupted", file=sys.stderr)
     if prompts:

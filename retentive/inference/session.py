@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
-from retentive.data.tokenizer import end_id
+from retentive.data.tokenizer import end_id, vocab_size
 from retentive.errors import InputError
 from retentive.inference.sampling import Sampler, Sampling
 from retentive.inference.text import TextStream
@@ -60,7 +60,7 @@ class Session:
         """
         if "" in stop:
             raise InputError("a stop string is empty; give at least one character")
-        self.vocab_size = tokenizer.get_vocab_size()
+        self.vocab_size = vocab_size(tokenizer)
         if self.vocab_size > model.config.vocab_size:
             raise InputError(
                 f"the tokenizer has {self.vocab_size} tokens, the model {model.config.vocab_size}; "
@@ -70,6 +70,7 @@ class Session:
         self.sampling = sampling or Sampling()
         self.rows: list[Row] = []
         self.active: list[int] = []  # the rows that have not stopped, in the order of their states
+        self.whole = True  # False within a step, and after one that was broken off
         self._end = end_id(tokenizer)
         self._stopped: dict[int, RetNetState] = {}
         self._state: RetNetState
@@ -117,6 +118,7 @@ class Session:
 
         A row's text may be empty (a character not yet whole, a stop string perhaps beginning).
         """
+        self.whole = False
         last = torch.tensor(
             [[self.rows[row].last] for row in self.active], device=self.model.device
         )
@@ -128,6 +130,7 @@ class Session:
         pieces = [self._take(row, token) for row, token in zip(self.active, tokens, strict=True)]
         if any(piece.finish for piece in pieces):
             self._retire()
+        self.whole = True
         return pieces
 
     def steps(self, max_new_tokens: int) -> Iterator[list[Piece]]:
@@ -143,6 +146,7 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Everything that `load` needs to go on, in one safetensors file."""
+        assert self.whole
         rows = [{"last": row.last, "stream": row.stream.as_dict()} for row in self.rows]
         self._all_states().save(
             path,
@@ -164,12 +168,18 @@ class Session:
         """The session that was saved in `path`, its rows active unless their text has ended.
 
         `sampling` overrides single options of those it was saved with; a new seed draws anew.
-        Raises InputError for a file of another model, and for one that is no session's.
+        Raises InputError for a file of another model or tokenizer, or one that is no session's.
         """
         state, extra, tensors = RetNetState.load(path, model=model)
         if not {"sampling", "stop", "rows"} <= extra.keys():
             raise InputError(
                 f"{path} holds a state but no text; give a file that --save-state wrote"
+            )
+        saved_size = tensors["seen"].shape[1]
+        if saved_size != vocab_size(tokenizer):
+            raise InputError(
+                f"the texts in {path} are of a tokenizer with {saved_size} tokens, this one has "
+                f"{vocab_size(tokenizer)}; give the tokenizer.json that they were written with"
             )
         options = {**extra["sampling"], **(sampling or {})}
         session = cls(

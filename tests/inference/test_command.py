@@ -11,6 +11,7 @@ import torch
 
 from retentive.cli import main
 from retentive.data.tokenizer import byte_tokenizer, save_tokenizer
+from retentive.inference.session import Session
 from retentive.models.checkpoint import save_model
 from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
@@ -148,6 +149,18 @@ def test_interrupted_it_keeps_what_it_wrote_and_saves(folder, generate, tmp_path
     length = len((written + more).encode()) + 50
     whole = generate("--prompt", "x", "--temperature", 0, "--max-new-tokens", length)[1]
     assert whole.startswith(written + more)
+
+
+def test_broken_off_within_a_step_it_saves_nothing(generate, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "_take", interrupted)
+    state = tmp_path / "state"
+    code, _, err = generate("--prompt", "x", "--save-state", state)
+    assert code == 130
+    assert f"{state} not saved" in err
+    assert not state.exists()
 
 
 def test_a_reader_that_leaves_ends_it_and_the_state_is_saved(folder, generate, tmp_path):

@@ -1,7 +1,10 @@
 """A session against the whole text read anew, rows alone, and sessions that never stopped."""
 
+import json
+
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from retentive.errors import InputError
 from retentive.inference import session as sessions
@@ -250,3 +253,40 @@ def test_bad_input(model, byte_level, tmp_path):
     model.init_state(1).save(tmp_path / "bare", fingerprint=sessions.fingerprint(model))
     with pytest.raises(InputError, match="no text"):
         Session.load(tmp_path / "bare", model, byte_level)
+
+
+def test_ids_may_have_gaps(model, byte_level):
+    """259 ids, of which 256 and 257 are nobody's."""
+    described = json.loads(byte_level.to_str())
+    described["model"]["vocab"]["<|end|>"] = described["added_tokens"][0]["id"] = 258
+    gapped = Tokenizer.from_str(json.dumps(described))
+    assert (gapped.get_vocab_size(), gapped.token_to_id("<|end|>")) == (257, 258)
+    session = Session(model, gapped, GREEDY)
+    session.read(["hello"])
+    session.step()
+    assert session.vocab_size == 259
+
+
+def test_the_texts_of_another_tokenizer_are_refused(model, byte_level, tmp_path):
+    session = Session(model, byte_level, GREEDY)
+    session.read(["hello"])
+    session.save(tmp_path / "state")
+    larger = Tokenizer.from_str(byte_level.to_str())
+    larger.add_tokens(["more"])
+    with pytest.raises(InputError, match="tokenizer with 257 tokens, this one has 258"):
+        Session.load(tmp_path / "state", model, larger)
+
+
+def test_a_step_that_is_broken_off_leaves_no_whole_session(model, byte_level, monkeypatch):
+    session = Session(model, byte_level, GREEDY)
+    session.read(["hello"])
+    session.step()
+    assert session.whole
+
+    def interrupted(row, token):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "_take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.step()
+    assert not session.whole
