@@ -8,11 +8,20 @@ import torch
 
 from retentive.cli import main
 from retentive.demo import command
-from retentive.demo.decode import CONTENDERS, Measure, contender_model, decode, positions
+from retentive.demo.decode import (
+    CONTENDERS,
+    Measure,
+    contender_model,
+    decode,
+    measure,
+    positions,
+)
+from retentive.errors import InputError
 from retentive.models.checkpoint import save_model
-from retentive.models.config import RetNetConfig
+from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.counts import state_bytes
 from retentive.models.retnet import RetNet
+from retentive.models.transformer import Transformer
 from retentive.train.config import load_config
 
 
@@ -102,6 +111,28 @@ def test_the_contenders_are_equal_and_measured_at_the_same_positions(tmp_path):
         states = [state_bytes(models[name].config, at.position) for at in points]
         assert [at.state for at in points] == states
         assert all(at.seconds > 0 and at.resident > 10**7 for at in points)
+
+
+def test_a_folder_without_a_retnet_is_one_line_from_the_other_process(tmp_path):
+    config = TransformerConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_heads=1)
+    save_model(Transformer(config), tmp_path)
+    with pytest.raises(InputError, match="holds no RetNet") as caught:
+        measure("RetNet", tmp_path, 64, lambda at: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_something_else_gets_the_demos_own_advice(config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    advice = f"remove {folder}, or train elsewhere: retentive demo --out"
+    with pytest.raises(InputError, match=f"exists already; {advice}"):
+        command.trained(config, folder, command.Console())
+    (folder / "notes.txt").unlink()
+    command.trained(config, folder, command.Console())
+    next(Path(config.data.sources[0]).iterdir()).write_text("other text\n" * 100)
+    with pytest.raises(InputError, match=f"has changed; {advice}"):
+        command.trained(config, folder, command.Console())
 
 
 def test_the_table_shows_doublings():

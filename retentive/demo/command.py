@@ -18,12 +18,13 @@ from retentive.data.dataset import Corpus, prepare
 from retentive.data.tokenizer import load_tokenizer
 from retentive.demo import figures
 from retentive.demo.decode import CONTENDERS, Measure, measure
+from retentive.errors import InputError
 from retentive.inference.generate import generate
 from retentive.info import size
 from retentive.models.checkpoint import load
 from retentive.models.retnet import RetNet
 from retentive.ops import FORMS
-from retentive.train.checkpoints import RunFolder
+from retentive.train.checkpoints import OtherRun, RunFolder
 from retentive.train.config import RunConfig, load_config
 from retentive.train.loop import Result, train
 from retentive.train.metrics import read_metrics
@@ -92,7 +93,13 @@ def trained(config: RunConfig, folder: Path, console: Console) -> Result:
         console.print(f"{folder} holds the trained model already: training is skipped")
     elif done:
         console.print(f"{folder} holds a run that has come to step {done}: going on with it")
-    return train(config, folder, resume=(folder / "checkpoints").is_dir())
+    try:
+        return train(config, folder, resume=(folder / "checkpoints").is_dir())
+    except OtherRun as error:  # its advice is for `retentive train`
+        reason = str(error).rpartition("; ")[0]
+        raise InputError(
+            f"{reason}; remove {folder}, or train elsewhere: retentive demo --out FOLDER"
+        ) from error
 
 
 def show_curve(result: Result, corpus: Corpus, console: Console) -> None:

@@ -15,6 +15,7 @@ from statistics import median
 
 import torch
 
+from retentive.errors import InputError
 from retentive.models.checkpoint import load
 from retentive.models.config import TransformerConfig
 from retentive.models.counts import state_bytes
@@ -46,14 +47,20 @@ def positions(tokens: int) -> list[int]:
 def measure(
     contender: str, folder: Path, tokens: int, advance: Callable[[int], None]
 ) -> list[Measure]:
-    """Measures a contender in a new process; `advance` hears of each position it has reached."""
+    """Measures a contender in a new process; `advance` hears of each position it has reached.
+
+    Raises InputError where `folder` holds no RetNet that can be loaded.
+    """
     command = [sys.executable, "-m", "retentive.demo.decode", contender, str(folder), str(tokens)]
     measures = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                measures.append(Measure(**json.loads(line)))
+                told = json.loads(line)
+                if "mistake" in told:
+                    raise InputError(told["mistake"])
+                measures.append(Measure(**told))
                 advance(measures[-1].position)
         except BaseException:
             process.terminate()
@@ -66,7 +73,8 @@ def measure(
 def contender_model(contender: str, folder: Path) -> RetNet | Transformer:
     """The trained RetNet, or a Transformer of as many parameters; untrained, it is as fast."""
     retnet = load(folder)  # by both, so that both processes begin with the same libraries
-    assert isinstance(retnet, RetNet)
+    if not isinstance(retnet, RetNet):
+        raise InputError(f"{folder} holds no RetNet; give a RetNet's model folder")
     if contender == "RetNet":
         return retnet
     return Transformer(TransformerConfig.matching(retnet.config)).eval()
@@ -132,6 +140,8 @@ def main() -> None:
     try:
         for at in decode(contender_model(contender, Path(folder)), int(tokens)):
             print(json.dumps(asdict(at)), flush=True)
+    except InputError as error:
+        print(json.dumps({"mistake": str(error)}), flush=True)
     except KeyboardInterrupt:  # the demo's own process says so
         sys.exit(130)
 

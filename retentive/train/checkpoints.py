@@ -25,6 +25,10 @@ from retentive.errors import InputError
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
+class OtherRun(InputError):
+    """The folder holds another thing than the run that is wanted there; after "; " what to do."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Where a run lives. What writes raises InputError where the disk is full or protected."""
@@ -40,7 +44,7 @@ class RunFolder:
                 f"{path} holds no run to resume; leave out --resume to start one there"
             )
         if not resume and path.exists() and not _is_unused(path):
-            raise InputError(
+            raise OtherRun(
                 f"{path} exists already; --resume continues the run in it, --out names another"
             )
         with run.writes(path):

@@ -16,7 +16,7 @@ from retentive.errors import InputError
 from retentive.inference.generate import generate
 from retentive.models.counts import flops_per_token
 from retentive.models.files import write_text
-from retentive.train.checkpoints import RunFolder
+from retentive.train.checkpoints import OtherRun, RunFolder
 from retentive.train.config import RunConfig
 from retentive.train.interrupt import stop_requests
 from retentive.train.metrics import MetricsLog, measure_gemm_rate, plot_curve, read_metrics
@@ -247,7 +247,7 @@ def _check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) 
     order = [{k: run["config"]["train"][k] for k in ORDER_KEYS} for run in (before, now)]
     changed += _differences("train", *order)
     if changed:
-        raise InputError(
+        raise OtherRun(
             f"cannot resume {folder}: {'; '.join(changed)}; change it back, or begin another run "
             "with --out"
         )
