@@ -114,7 +114,7 @@ class TrainConfig:
     compile: bool = False
     """torch.compile for every layer."""
     checkpoint_layers: bool = False
-    """Activation checkpointing: less memory, a third more time."""
+    """Activation checkpointing: less memory, more time (blocks are computed twice)."""
     save_every: int = 500
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
