@@ -113,7 +113,7 @@ def _visible_files(folder: Path, left_out: frozenset[str] = frozenset()) -> list
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and name not in left_out]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+    return sorted(path for path in found if path.is_file())  # a pipe would be waited for
 
 
 def _stdlib_files(root: Path) -> list[Path]:

@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import random
 import sysconfig
 import tracemalloc
@@ -91,6 +92,16 @@ class TestBadInput:
             "corpsu.txt"
         )
         assert "no/such/folder does not exist" in self.complaint("no/such/folder")
+
+    def test_an_unknown_user(self):
+        assert "~nosuchuser/x does not exist" in self.complaint("~nosuchuser/x")
+
+    def test_what_is_no_regular_file(self, folder: Path):
+        Path("d").mkdir()
+        os.mkfifo("d/pipe")
+        assert "d/pipe is no regular file" in self.complaint("d/pipe")
+        assert "/dev/null is no regular file" in self.complaint("/dev/null")
+        assert "the folder d holds no files" in self.complaint("d")
 
     def test_a_folder_without_files(self, folder: Path):
         Path("d/.git").mkdir(parents=True)

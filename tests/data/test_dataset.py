@@ -113,6 +113,13 @@ class TestCache:
         assert after.hash != before.hash
         assert "one more" in documents(after, after.train) + documents(after, after.valid)
 
+    def test_a_truncated_record_says_what_to_delete(self, config: DataConfig):
+        prepare(config)
+        (facts,) = Path(config.cache or "").rglob("facts.json")
+        facts.write_text('{"train": {"docu')
+        with pytest.raises(InputError, match=f"{facts.parent} is damaged: delete this folder"):
+            prepare(config)
+
     def test_a_damaged_cache_says_what_to_delete(self, config: DataConfig):
         prepare(config)
         (tokens,) = Path("cache").rglob("train.tokens")

@@ -164,6 +164,17 @@ def test_bits_per_byte_count_every_held_out_byte_once(
     assert bits == pytest.approx(nats / math.log(2) / corpus.valid.num_bytes, rel=1e-9)
 
 
+def test_rows_are_validated_once_whatever_the_batch(tiny: Tiny, corpus: Corpus):
+    """The last batch of three is filled up with rows of the next epoch, which do not count."""
+    model = Trainer(tiny(model={"kind": "transformer", "dropout": 0.0}, train=EXACT), corpus).model
+    seq_len = next(n for n in range(30, 40) if -(-corpus.valid.num_tokens // n) % 3)
+    one, three = (
+        validate(model, corpus, batch_size=rows, seq_len=seq_len, dtype=torch.float64)
+        for rows in (1, 3)
+    )
+    assert three == pytest.approx(one, rel=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_model_makes_the_same_updates(tiny: Tiny, corpus: Corpus):
