@@ -22,17 +22,23 @@ check_python() {
 }
 
 pip_install() {
-    "$VENV/bin/python" -m pip install --disable-pip-version-check "$@" >>"$LOG" 2>&1 || fail "$(cause)"
+    "$VENV/bin/python" -m pip install --disable-pip-version-check "$@" >>"$LOG" 2>&1 ||
+        fail "$(cause "pip failed: $(grep -i '^error' "$LOG" | head -n 1) (.venv/setup.log); run make again once that is settled")"
 }
 
+# Why a step failed: a full disk, no network, or else $1.
 cause() {
-    if grep -qi 'no space left' "$LOG"; then
+    if grep -qi 'no space left' "$LOG" || disk_is_full; then
         echo "the disk is full: free about 2 GB (8 GB for a CUDA build of torch), then run make again"
     elif grep -qiE 'connection broken|connectionerror|name resolution|timed out|proxyerror' "$LOG"; then
         echo "no network: pip cannot reach its package index (.venv/setup.log); connect, then run make again"
     else
-        echo "pip failed: $(grep -i '^error' "$LOG" | head -n 1) (.venv/setup.log); run make again once that is settled"
+        echo "$1"
     fi
+}
+
+disk_is_full() { # then the log may have had no room to say so
+    ! { head -c 65536 /dev/zero >"$VENV/probe"; } 2>/dev/null
 }
 
 check_python
@@ -45,7 +51,7 @@ rm -f "$VENV/ready"
 
 echo "retentive: making the environment in .venv (once, a few minutes)"
 [ -x "$VENV/bin/python" ] || "$PY" -m venv "$VENV" >>"$LOG" 2>&1 ||
-    fail "$PY cannot make an environment (.venv/setup.log): install its venv module (Debian, Ubuntu: apt install python3-venv)"
+    fail "$(cause "$PY cannot make an environment (.venv/setup.log): install its venv module (Debian, Ubuntu: apt install python3-venv)")"
 # torch first and alone: beside other requirements pip may choose another build of it.
 pip_install -c constraints.txt "torch>=2.11"
 pip_install -c constraints.txt -e '.[dev]'

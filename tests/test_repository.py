@@ -122,6 +122,17 @@ def test_a_failing_pip_leaves_nothing_that_is_taken_as_ready(
     assert (checkout / "made").read_text() == "made\n" * 2  # not the half-made one
 
 
+def test_a_disk_that_fills_up_as_the_environment_is_made(checkout: Path):
+    words = "echo 'Error: [Errno 28] No space left on device'; exit 1 ;;"
+    before = (checkout / "python").read_text()
+    script(checkout / "python", before.replace("echo made >>made; mkdir", f"{words}\nnever) mkdir"))
+    assert "disk is full" in complaint(set_up(checkout))
+    script(
+        checkout / "python", before.replace("echo made >>made; mkdir", "exit 1 ;;\nnever) mkdir")
+    )
+    assert "apt install python3-venv" in complaint(set_up(checkout))
+
+
 def test_an_update_that_is_cut_short_is_not_ready(checkout: Path):
     set_up(checkout)
     (checkout / ".venv/ready").rename(checkout / ".venv/unfinished")
