@@ -29,7 +29,8 @@ from retentive.train.config import RunConfig, load_config
 from retentive.train.loop import Result, train
 from retentive.train.metrics import read_metrics
 
-PROMPT = "class Stack:\n    def push(self, item):\n"
+# No line end at its end: the tokenizer joins line ends to the indentation that follows them.
+PROMPT = 'def read_lines(path, encoding="utf-8"):'
 TOKENS = 16_000  # decoded to show that a token's cost does not grow
 FORM_TOKENS = 4096  # read in each form
 
@@ -66,7 +67,7 @@ def demonstrate(config: RunConfig, folder: Path, tokens: int) -> None:
     def show(_row: int, text: str) -> None:
         console.print(text, end="", markup=False, soft_wrap=True)
 
-    generate(model, tokenizer, PROMPT, max_new_tokens=150, on_text=show)
+    generate(model, tokenizer, PROMPT, max_new_tokens=150, temperature=0.6, on_text=show)
     console.print()
 
     _part(console, "3. One model, three forms")
