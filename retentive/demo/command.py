@@ -67,7 +67,15 @@ def demonstrate(config: RunConfig, folder: Path, tokens: int) -> None:
     def show(_row: int, text: str) -> None:
         console.print(text, end="", markup=False, soft_wrap=True)
 
-    generate(model, tokenizer, PROMPT, max_new_tokens=150, temperature=0.6, on_text=show)
+    generate(
+        model,
+        tokenizer,
+        PROMPT,
+        max_new_tokens=120,
+        temperature=0.7,
+        repetition_penalty=1.1,  # without, a model as small as this repeats itself
+        on_text=show,
+    )
     console.print()
 
     _part(console, "3. One model, three forms")
