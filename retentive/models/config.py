@@ -15,6 +15,7 @@ from retentive.ops.decay import log_decay
 
 Activation = Literal["gelu", "swish"]
 Norm = Literal["layernorm", "rmsnorm"]
+HeadNorm = Literal["layernorm", "rmsnorm", "none"]
 Decay = Literal["power", "linspace"] | tuple[float, ...]
 RotationRule = Literal["official", "rope"]
 Initialization = Literal["paper", "official"]
@@ -96,8 +97,9 @@ class RetNetConfig(ModelConfig):
 
     qk_dim, value_dim   of all heads together; hidden_size and 2 · hidden_size unless given
     intermediate_size   2 · hidden_size; for a gated FFN what gives it as many parameters
+    gate                MSR(X) = (swish(X W_G) ⊙ Y) W_O; False leaves Y W_O (an ablation)
     head_norm           over the V values of a head, without weights; "layernorm" is what the paper
-                        calls GroupNorm, with a group for each head
+                        calls GroupNorm, with a group for each head; "none" is an ablation
     decay               "power", γ = 1 - 2^(-5-h); "linspace", of paper §3.1; or each head's log γ
     rotation            "official", θ_p = base^(-p/(K/2-1)); "rope", θ_p = base^(-2p/K)
     row_scale           row n times 1/√Σ_{i≤n} γ^i (paper §2.1), as the authors' code has it
@@ -111,7 +113,8 @@ class RetNetConfig(ModelConfig):
 
     qk_dim: int | None = None
     value_dim: int | None = None
-    head_norm: Norm = "layernorm"
+    gate: bool = True
+    head_norm: HeadNorm = "layernorm"
     head_norm_eps: float = 1e-6
     decay: Decay = "power"
     rotation: RotationRule = "official"
@@ -145,6 +148,12 @@ class RetNetConfig(ModelConfig):
         """V."""
         assert self.value_dim is not None
         return self.value_dim // self.num_heads
+
+    @property
+    def projected_dims(self) -> int:
+        """Of q, k, v, g and o together; times hidden_size it is the weights of a layer's mixer."""
+        K, V = self.qk_head_dim, self.value_head_dim
+        return self.num_heads * (2 * K + (3 if self.gate else 2) * V)
 
     @classmethod
     def named(cls, size: str, **overrides: Any) -> Self:
@@ -234,8 +243,7 @@ class TransformerConfig(ModelConfig):
         shared |= {"num_heads": num_heads, "num_kv_heads": kv_heads}
         cls(**shared)  # checks that the heads divide before they are divided
         matrices = 3 if retnet.gated_ffn else 2
-        K, V = retnet.qk_head_dim, retnet.value_head_dim
-        layer = retnet.num_heads * (2 * K + 3 * V) + matrices * retnet.ffn_dim
+        layer = retnet.projected_dims + matrices * retnet.ffn_dim
         attention = 2 * width + 2 * width * kv_heads // num_heads
         return cls(**{**shared, "intermediate_size": _round_to(8, (layer - attention) / matrices)})
 

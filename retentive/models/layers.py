@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, D width, H heads, K and V head dims; x `[B,T,D]`, state `[B,H,K,V]`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,27 @@ from torch.nn import init
 from torch.utils.checkpoint import checkpoint
 
 from retentive.errors import InputError
-from retentive.models.config import Activation, Decay, ModelConfig, Norm, RetNetConfig, RotationRule
+from retentive.models.config import (
+    Activation,
+    Decay,
+    HeadNorm,
+    ModelConfig,
+    RetNetConfig,
+    RotationRule,
+)
 from retentive.models.layout import Constant, Layout, Rotation, rotate
 from retentive.ops import retention
 from retentive.ops.decay import log_decay
 
 ACTIVATIONS = {"gelu": F.gelu, "swish": F.silu}
-HEAD_NORMS = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
+
+
+def _unnormed(x: Tensor, normalized_shape: Sequence[int], eps: float) -> Tensor:
+    """In the place of a norm where there is none."""
+    return x
+
+
+HEAD_NORMS = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm, "none": _unnormed}
 
 
 class Recomputing(nn.Module):
@@ -41,6 +55,8 @@ class Recomputing(nn.Module):
 class MultiScaleRetention(Recomputing):
     """Gated multi-scale retention: MSR(X) = (swish(X W_G) ⊙ HeadNorm(Retention(X))) W_O.
 
+    Without a gate there is no `g_proj`: MSR(X) = HeadNorm(Retention(X)) W_O.
+
     Usable in any model. The options mean what they mean in `RetNetConfig`; its weights are
     initialised as the authors' code does. The attributes `form`, `backend` and `chunk_size` choose
     how retention is computed, not what (`retentive.ops`).
@@ -57,7 +73,8 @@ class MultiScaleRetention(Recomputing):
         rotation: RotationRule = "official",
         rotation_base: float = 10000.0,
         row_scale: bool = False,
-        head_norm: Norm = "layernorm",
+        gate: bool = True,
+        head_norm: HeadNorm = "layernorm",
         head_norm_eps: float = 1e-6,
     ):
         super().__init__()
@@ -72,6 +89,7 @@ class MultiScaleRetention(Recomputing):
             rotation=rotation,
             rotation_base=rotation_base,
             row_scale=row_scale,
+            gate=gate,
             head_norm=head_norm,
             head_norm_eps=head_norm_eps,
         )
@@ -90,7 +108,7 @@ class MultiScaleRetention(Recomputing):
         self.q_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_heads * V, bias=False)
-        self.g_proj = nn.Linear(hidden_size, num_heads * V, bias=False)
+        self.g_proj = nn.Linear(hidden_size, num_heads * V, bias=False) if gate else None
         self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=False)
         if not self.o_proj.weight.is_meta:
             self.init_weights("official", 1)
@@ -129,12 +147,13 @@ class MultiScaleRetention(Recomputing):
             backend=self.backend,
             output_state=layout.keeps_state,
         )
-        y = self.recomputed(self._gated_output, o, self.g_proj(x))
+        gate = None if self.g_proj is None else self.g_proj(x)
+        y = self.recomputed(self._output, o, gate)
         return y, None if final is None else layout.leave(final)
 
-    def _gated_output(self, o: Tensor, gate: Tensor) -> Tensor:
-        normed = self.head_norm(o, o.shape[-1:], eps=self.head_norm_eps)
-        return self.o_proj(F.silu(gate) * normed.flatten(-2))
+    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        normed = self.head_norm(o, o.shape[-1:], eps=self.head_norm_eps).flatten(-2)
+        return self.o_proj(normed if gate is None else F.silu(gate) * normed)
 
     def _layout(self, x: Tensor, state: Tensor | None, positions: Tensor | None) -> Layout:
         width = self.q_proj.in_features
@@ -158,14 +177,15 @@ class MultiScaleRetention(Recomputing):
         self, initialization: str, depth: int, generator: torch.Generator | None = None
     ) -> None:
         """ "official": the authors' code's. "paper": DeepNet's, in a model of `depth` layers."""
+        gates = [] if self.g_proj is None else [self.g_proj]
         if initialization == "official":
-            for projection in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
+            for projection in (self.q_proj, self.k_proj, self.v_proj, *gates):
                 init.xavier_uniform_(projection.weight, 2**-2.5, generator)
             init.xavier_uniform_(self.o_proj.weight, 2**-1, generator)
         else:
             for projection in (self.q_proj, self.k_proj):
                 init.xavier_normal_(projection.weight, 1.0, generator)
-            for projection in (self.v_proj, self.g_proj, self.o_proj):
+            for projection in (self.v_proj, *gates, self.o_proj):
                 init.xavier_normal_(projection.weight, deepnet_gain(depth), generator)
 
 

@@ -27,6 +27,7 @@ class RetNetBlock(nn.Module):
             rotation=config.rotation,
             rotation_base=config.rotation_base,
             row_scale=config.row_scale,
+            gate=config.gate,
             head_norm=config.head_norm,
             head_norm_eps=config.head_norm_eps,
         )

@@ -23,6 +23,9 @@ CONFIGS = {
         tie_word_embeddings=True,
         initialization="official",
     ),
+    "retnet-ablated": RetNetConfig(
+        **SMALL, gate=False, head_norm="none", decay=(0.0, 0.0, -0.1, -0.1), row_scale=True
+    ),
     "transformer": TransformerConfig(**SMALL),
     "transformer-gqa": TransformerConfig(**SMALL, num_kv_heads=2, gated_ffn=True),
 }
@@ -41,7 +44,7 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     return build(request.param)
 
 
-@pytest.fixture(params=["retnet", "retnet-official"])
+@pytest.fixture(params=["retnet", "retnet-official", "retnet-ablated"])
 def retnet(request: pytest.FixtureRequest) -> LanguageModel:
     return build(request.param)
 

@@ -79,10 +79,19 @@ def test_the_matching_transformer_of_another_kind_of_ffn() -> None:
     assert given == pytest.approx(wanted, rel=0.01)
 
 
+def test_the_matching_transformer_of_a_retnet_without_a_gate() -> None:
+    retnet = RetNetConfig.named("200m", gate=False)
+    given, wanted = (
+        sum(counts.parameters(c).values()) for c in (TransformerConfig.matching(retnet), retnet)
+    )
+    assert given == pytest.approx(wanted, rel=0.01)
+
+
 @pytest.mark.parametrize(
     "config",
     [
         RetNetConfig(**SMALL, decay=(-0.1, 0.0), row_scale=True),
+        RetNetConfig(**SMALL, gate=False, head_norm="none"),
         RetNetConfig.named("200m", tie_word_embeddings=True),
         TransformerConfig(**SMALL, num_kv_heads=1),
     ],

@@ -36,8 +36,10 @@ def by_the_paper(layer: MultiScaleRetention, x: Tensor, heads: int, options: dic
         y[n] = torch.einsum("mh,mhv->hv", scores, v[: n + 1])
     if options.get("head_norm") == "rmsnorm":
         y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    else:  # GroupNorm with one group a head
+    elif options.get("head_norm") != "none":  # GroupNorm with one group a head
         y = F.group_norm(y.flatten(1), heads, eps=1e-6).view_as(y)
+    if layer.g_proj is None:
+        return layer.o_proj(y.flatten(1))
     gate = layer.g_proj(x)
     return layer.o_proj(gate * torch.sigmoid(gate) * y.flatten(1))
 
@@ -48,6 +50,9 @@ OPTIONS = [
     {"decay": "linspace", "row_scale": True},
     {"decay": (0.0, -0.5), "row_scale": True, "head_norm": "rmsnorm"},
     {"qk_dim": 8, "value_dim": 40},
+    {"gate": False},
+    {"head_norm": "none"},
+    {"gate": False, "head_norm": "none", "decay": (0.0, 0.0), "row_scale": True},
 ]
 
 
@@ -199,6 +204,8 @@ def test_learns_in_another_model() -> None:
         (lambda: MultiScaleRetention(30, 4), ["qk_dim 30", "num_heads 4"]),
         (lambda: MultiScaleRetention(12, 4), ["odd", "3"]),
         (lambda: MultiScaleRetention(16, 2, head_norm="groupnorm"), ["'groupnorm'", "layernorm"]),
+        (lambda: MultiScaleRetention(16, 2, head_norm="non"), ["'non'", "did you mean 'none'"]),
+        (lambda: MultiScaleRetention(16, 2, gate=None), ["gate", "None", "true or false"]),
         (lambda: MultiScaleRetention(16, 2, decay="powers"), ["'powers'", "'power'"]),
         (lambda: MultiScaleRetention(16, 2, row_scale="no"), ["row_scale", "'no'"]),
         (lambda: MultiScaleRetention(16, 2)(torch.zeros(2, 0, 16)), ["[2, 0, 16]", "[B,T,16]"]),
@@ -224,6 +231,12 @@ def test_refuses_a_state_without_its_place() -> None:
         layer(x, state, torch.zeros(3, 3, dtype=torch.int64))
     with pytest.raises(InputError, match="float32"):
         layer(x, state, torch.zeros(2, 3))
+
+
+def test_without_a_gate_there_are_no_weights_of_one() -> None:
+    layer = MultiScaleRetention(16, 2, gate=False)
+    assert layer.g_proj is None
+    assert sorted(layer.state_dict()) == [f"{x}_proj.weight" for x in "koqv"]
 
 
 def test_alone_its_weights_are_the_authors() -> None:

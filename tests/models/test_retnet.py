@@ -22,8 +22,9 @@ def relative(given: Tensor, wanted: Tensor) -> float:
     params=[
         {},
         {"head_norm": "rmsnorm", "norm": "rmsnorm", "row_scale": True, "decay": "linspace"},
+        {"head_norm": "none", "gate": False, "row_scale": True, "decay": (0.0, -0.01)},
     ],
-    ids=["paper", "official"],
+    ids=["paper", "official", "ablated"],
 )
 def long_model(request) -> tuple[RetNet, Tensor, Tensor]:
     """A model whose projections are larger than at the start of training, tokens, its logits."""
