@@ -75,6 +75,5 @@ def _mixer_weights(config: RetNetConfig | TransformerConfig) -> int:
     """Of one layer."""
     width = config.hidden_size
     if isinstance(config, RetNetConfig):
-        heads, K, V = config.num_heads, config.qk_head_dim, config.value_head_dim
-        return width * heads * (2 * K + 3 * V)
+        return width * config.projected_dims
     return 2 * width * width + 2 * width * config.kv_heads * config.head_dim
