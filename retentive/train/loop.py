@@ -27,6 +27,7 @@ from retentive.train.validate import validate
 RECORD = "run.json"
 # They decide which tokens a step sees: a resumed run keeps them, as it keeps its model and corpus.
 ORDER_KEYS = ("seed", "batch_size", "seq_len", "carry_state")
+OnUpdate = Callable[[int, float, float], None]
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,28 @@ class Result:
 
 
 def train(
-    config: RunConfig, folder: str | Path, *, resume: bool = False, quiet: bool = False
+    config: RunConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    on_update: OnUpdate | None = None,
 ) -> Result:
     """Trains a model into `folder`, which is a model folder then; `resume`: from where it stopped.
 
     SIGINT and SIGTERM end it after the step they fall in, saved. Progress goes to stderr unless
-    `quiet`.
+    `quiet`, and after every update its step, loss (nats a token) and tokens/s to `on_update`.
 
     Raises InputError for a folder that exists (or, with `resume`, does not), a model or corpus that
-    is not the one resumed, a loss that is not finite, a disk that cannot be written, and all that
-    the model and the data refuse.
+    is not the one resumed, a loss that is not finite (Diverged), a disk that cannot be written, and
+    all that the model and the data refuse.
     """
     compute_dtype(config.train.dtype, resolve_device(config.train.device))  # refused at once
     run_folder = RunFolder.open(Path(folder), resume=resume)
     corpus = prepare(config.data, progress=None if quiet else _tell)
     run = Run(config, run_folder, corpus)
     if run.step < config.train.steps or run.owed():
-        run.go(quiet)
+        run.go(quiet, on_update)
     validations = [r for r in read_metrics(run.log.path) if "valid_loss" in r]
     last = validations[-1] if validations else {}
     return Result(
@@ -114,7 +120,7 @@ class Run:
             "corpus": self.corpus.hash,
         }
 
-    def go(self, quiet: bool) -> None:
+    def go(self, quiet: bool, on_update: OnUpdate | None = None) -> None:
         """Steps up to the last one, or up to the one in which a stop is asked for; saved then."""
         train, trainer = self.config.train, self.trainer
         gemm_rate = measure_gemm_rate(trainer.device, trainer.dtype)
@@ -132,14 +138,16 @@ class Run:
             stopping = False
             self._report(display)
             while self.step < train.steps and not stopping:
-                self._update(display, flops / gemm_rate)
+                loss, speed = self._update(display, flops / gemm_rate)
+                if on_update is not None:
+                    on_update(self.step, loss, speed)
                 stopping = stop.made
                 if stopping or self._due(train.save_every):
                     self._save()  # first: whatever fails in a report costs no step
                 self._report(display)
 
-    def _update(self, display: Display, gemm_seconds: float) -> None:
-        """`gemm_seconds`: what a token would take at the machine's GEMM rate."""
+    def _update(self, display: Display, gemm_seconds: float) -> tuple[float, float]:
+        """Its loss and tokens/s. `gemm_seconds`: a token's time at the machine's GEMM rate."""
         start = time.perf_counter()
         remedy = "lower --train.micro-batch (which changes no result), or set "
         remedy += "--train.checkpoint-layers"
@@ -153,6 +161,7 @@ class Run:
             gemm_fraction=round(speed * gemm_seconds, 4),
             seconds=round(self.seconds, 2),
         )
+        return update["loss"], speed
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)

@@ -31,6 +31,10 @@ OPTIMIZER = "optimizer.safetensors"
 CARRIED = "state.safetensors"
 
 
+class Diverged(InputError):
+    """A run came to a loss or a gradient that is not finite."""
+
+
 class Trainer:
     """Everything that an update reads and changes. A checkpoint holds all of it.
 
@@ -73,7 +77,7 @@ class Trainer:
     def update(self) -> dict[str, float]:
         """One update of the weights; its loss (nats a token), learning rate, norm and tokens.
 
-        Raises InputError before the weights are touched if the loss or gradient is not finite.
+        Raises Diverged before the weights are touched if the loss or gradient is not finite.
         """
         batch = self.order.batch(self.step)
         tokens = int((batch.targets != NO_TARGET).sum())
@@ -82,7 +86,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(loss) else "loss"
-            raise InputError(
+            raise Diverged(
                 f"the {what} of step {self.step + 1} is not finite; the run stops, the weights are "
                 "as they were: try a lower --optimizer.lr, a longer --optimizer.warmup or --dtype "
                 "float32"

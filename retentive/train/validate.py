@@ -20,18 +20,19 @@ def validate(
     seq_len: int,
     dtype: torch.dtype,
     max_tokens: int | None = None,
+    carry: bool = True,
 ) -> tuple[float, float]:
     """Nats a token and bits per byte over the held-out text, or about `max_tokens` of it.
 
     A RetNet reads on from row to row with its state carried; the documents that lie across two of
     the `batch_size` lanes (at most one a bound) are cut there, and their rest is read from an empty
-    state. A Transformer reads rows as it was trained on them. The same tokens come in the same
-    order every time, each once.
+    state. A Transformer reads rows as it was trained on them, and so does a RetNet without `carry`:
+    to compare the two. The same tokens come in the same order every time, each once.
     """
     split = corpus.valid
     seq_len = min(seq_len, split.num_tokens)
     rows = min(batch_size, split.num_tokens // seq_len)
-    carries = isinstance(model, RetNet)
+    carries = carry and isinstance(model, RetNet)
     order = BatchOrder(split, rows, seq_len, seed=0, carry=carries)
     state = model.init_state(rows) if carries else None
     token_bytes = torch.from_numpy(corpus.token_bytes)

@@ -93,6 +93,15 @@ def test_the_newest_checkpoints_are_kept_each_a_model_folder(tiny: Tiny, tmp_pat
     assert hidden == []
 
 
+def test_updates_are_told_as_they_are_made(tiny: Tiny, tmp_path: Path):
+    told = []
+    train(tiny(), tmp_path / "run", quiet=True, on_update=lambda *update: told.append(update))
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    updates = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    assert [(step, loss) for step, loss, _ in told] == updates
+    assert all(speed > 0 for _, _, speed in told)
+
+
 def test_samples_and_speed_are_recorded(tiny: Tiny, tmp_path: Path):
     train(tiny(train={"steps": 2, "sample_every": 1}), tmp_path / "run", quiet=True)
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")

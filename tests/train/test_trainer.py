@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from retentive.data.dataset import Corpus, prepare
 from retentive.errors import InputError
 from retentive.train.config import RunConfig
-from retentive.train.trainer import Trainer
+from retentive.train.trainer import Diverged, Trainer
 from retentive.train.validate import validate
 
 Tiny = Callable[..., RunConfig]
@@ -121,7 +121,7 @@ def test_what_is_not_finite_never_reaches_the_weights(
     with torch.no_grad():
         trainer.model.norm.weight[0] = poison  # pyright: ignore
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    with pytest.raises(InputError, match=f"the {what} of step 2 is not finite.*--optimizer.lr"):
+    with pytest.raises(Diverged, match=f"the {what} of step 2 is not finite.*--optimizer.lr"):
         trainer.update()
     assert trainer.step == 1
     for name, parameter in trainer.model.named_parameters():
@@ -164,15 +164,20 @@ def test_bits_per_byte_count_every_held_out_byte_once(
     assert bits == pytest.approx(nats / math.log(2) / corpus.valid.num_bytes, rel=1e-9)
 
 
-def test_rows_are_validated_once_whatever_the_batch(tiny: Tiny, corpus: Corpus):
+@pytest.mark.parametrize("kind", ["retnet", "transformer"])
+def test_rows_without_a_carried_state_are_validated_once_whatever_the_batch(
+    tiny: Tiny, corpus: Corpus, kind: str
+):
     """The last batch of three is filled up with rows of the next epoch, which do not count."""
-    model = Trainer(tiny(model={"kind": "transformer", "dropout": 0.0}, train=EXACT), corpus).model
+    model = Trainer(tiny(model={"kind": kind, "dropout": 0.0}, train=EXACT), corpus).model
     seq_len = next(n for n in range(30, 40) if -(-corpus.valid.num_tokens // n) % 3)
     one, three = (
-        validate(model, corpus, batch_size=rows, seq_len=seq_len, dtype=torch.float64)
+        validate(model, corpus, batch_size=rows, seq_len=seq_len, dtype=torch.float64, carry=False)
         for rows in (1, 3)
     )
     assert three == pytest.approx(one, rel=1e-12)
+    carried = validate(model, corpus, batch_size=1, seq_len=seq_len, dtype=torch.float64)
+    assert (carried == one) == (kind == "transformer")
 
 
 @pytest.mark.slow
