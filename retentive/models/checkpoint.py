@@ -36,9 +36,11 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> 
     path = Path(folder) / WEIGHTS
     tensors, _ = read_tensors(path, "model file", where)
     _check_fit(path, model, tensors)
-    weights = {name: tensors.pop(name).to(kind) for name in list(tensors)}
-    model.load_state_dict(weights, assign=True)
-    return model.to(where).eval()
+    as_stored = {name for name, _ in model.named_buffers()}  # quantised
+    for name in tensors.keys() - as_stored:
+        tensors[name] = tensors[name].to(kind)
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(config.quantization is None).to(where).eval()
 
 
 def load_config(folder: str | Path) -> RetNetConfig | TransformerConfig:

@@ -28,6 +28,31 @@ BOOKKEEPING = frozenset(
 )
 
 
+# The end of `model_type` where weights are quantised: other loaders refuse what they cannot read.
+QUANTIZED = "-quantized"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of linear layers are stored (`retentive.models.quantized`).
+
+    bits         16 (bfloat16), 8, a scale a row, or 4, a scale and an offset for `group_size`
+                 columns of a row; of embedding and head never fewer than 8
+    source       the fingerprint of the model that was quantised
+    """
+
+    bits: int
+    source: str
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.bits not in (16, 8, 4):
+            raise InputError(f"quantization bits are {self.bits}; this package knows 16, 8 and 4")
+        if self.group_size not in (32, 64, 128):
+            raise InputError(f"quantization group_size is {self.group_size}; it is 32, 64 or 128")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The fields that RetNet and the Transformer baseline share."""
@@ -46,6 +71,7 @@ class ModelConfig:
     dropout: float = 0.0
     tie_word_embeddings: bool = False
     initialization: Initialization = "paper"
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -71,8 +97,12 @@ class ModelConfig:
         return self.intermediate_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields, with `model_type`."""
-        return {"model_type": self.model_type, **dataclasses.asdict(self)}
+        """Plain JSON-able fields, with `model_type`: another one where weights are quantised."""
+        fields = dataclasses.asdict(self)
+        if self.quantization is None:
+            del fields["quantization"]
+            return {"model_type": self.model_type, **fields}
+        return {"model_type": self.model_type + QUANTIZED, **fields}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
@@ -88,6 +118,8 @@ class ModelConfig:
         for field in dataclasses.fields(cls):
             if field.name not in given and field.default is dataclasses.MISSING:
                 raise InputError(f"the model config lacks {field.name!r}; give it a value")
+        if isinstance(scheme := given.get("quantization"), dict):
+            given["quantization"] = _quantization(scheme)
         return cls(**given)
 
 
@@ -240,7 +272,7 @@ class TransformerConfig(ModelConfig):
         shared = {
             field.name: getattr(retnet, field.name) for field in dataclasses.fields(ModelConfig)
         }
-        shared |= {"num_heads": num_heads, "num_kv_heads": kv_heads}
+        shared |= {"num_heads": num_heads, "num_kv_heads": kv_heads, "quantization": None}
         cls(**shared)  # checks that the heads divide before they are divided
         matrices = 3 if retnet.gated_ffn else 2
         layer = retnet.projected_dims + matrices * retnet.ffn_dim
@@ -252,9 +284,20 @@ def config_from_dict(fields: dict[str, Any]) -> RetNetConfig | TransformerConfig
     """The config that `fields["model_type"]` names."""
     kinds = {kind.model_type: kind for kind in (RetNetConfig, TransformerConfig)}
     model_type = fields.get("model_type")
+    if fields.get("quantization") is not None and isinstance(model_type, str):
+        model_type = model_type.removesuffix(QUANTIZED)
     if model_type not in kinds:
         raise InputError(f"model_type is {model_type!r}; this package opens {', '.join(kinds)}")
     return kinds[model_type].from_dict(fields)
+
+
+def _quantization(fields: dict[str, Any]) -> Quantization:
+    known = [field.name for field in dataclasses.fields(Quantization)]
+    for key in fields.keys() - set(known):
+        raise InputError(f"unknown quantization key {key!r}; known are {', '.join(known)}")
+    if missing := {"bits", "source"} - fields.keys():
+        raise InputError(f"quantization lacks {min(missing)!r}; quantise the model again")
+    return Quantization(**fields)
 
 
 def _head_dim(width: int) -> int:

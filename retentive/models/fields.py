@@ -46,4 +46,4 @@ def _describe(hint: Any) -> str:
         return "a list of numbers"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_describe(option) for option in options)
-    return NAMES[hint]
+    return NAMES.get(hint, f"a {hint.__name__}")

@@ -18,6 +18,7 @@ from retentive.models.config import ModelConfig
 from retentive.models.layers import Recomputing, dropout, norm
 from retentive.models.layout import Angles, Layout, Rotation
 from retentive.models.loss import linear_cross_entropy
+from retentive.models.quantized import QuantizedEmbedding, QuantizedLinear, use_quantized_layers
 from retentive.models.state import LayerState, RetNetState
 
 
@@ -42,8 +43,10 @@ class LanguageModel(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.quantization is not None:
+            use_quantized_layers(self, config.quantization)
         self.checkpoint_layers = False
-        if not self.embed_tokens.weight.is_meta:
+        if not self.norm.weight.is_meta:
             self.init_weights()
 
     @property
@@ -102,7 +105,11 @@ class LanguageModel(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits `[...,vocab]` of hidden states `[...,D]`."""
-        return F.linear(h, self.head_weight)
+        if self.lm_head is not None:
+            return self.lm_head(h)
+        if isinstance(self.embed_tokens, QuantizedEmbedding):
+            return self.embed_tokens.table(h)
+        return F.linear(h, self.embed_tokens.weight)
 
     def loss(self, h: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross entropy in nats of `head(h)` against targets, -100 for none; "mean" or "sum".
@@ -160,6 +167,8 @@ class LanguageModel(nn.Module):
 
     def init_weights(self, seed: int | None = None) -> None:
         """Values for all parameters by `config.initialization`; a seed makes them reproducible."""
+        if self.config.quantization is not None:
+            raise InputError("a quantised model has no initial weights; quantise a trained one")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -172,20 +181,24 @@ class LanguageModel(nn.Module):
             block.init_weights(self.config, generator)  # pyright: ignore[reportCallIssue]
 
     def num_parameters(self) -> int:
-        """Of all weights; a tied one counts once."""
-        return sum(weight.numel() for weight in self.parameters())
+        """Of all weights, quantised or not; a tied one counts once."""
+        quantized = (layer for layer in self.modules() if isinstance(layer, QuantizedLinear))
+        return sum(weight.numel() for weight in self.parameters()) + sum(
+            layer.in_features * layer.out_features for layer in quantized
+        )
 
     @property
     def head_weight(self) -> Tensor:
+        """`[vocab,D]`; computed anew from a quantised one."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+        return self.norm.weight.dtype
 
     @property
     def exact_dtype(self) -> torch.dtype:

@@ -220,7 +220,7 @@ class FeedForward(Recomputing):
                 init.xavier_normal_(projection.weight, deepnet_gain(depth), generator)
 
 
-def norm(config: ModelConfig) -> nn.Module:
+def norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
     kind = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
     return kind(config.hidden_size, eps=config.norm_eps)
 

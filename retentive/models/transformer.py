@@ -148,7 +148,7 @@ class Transformer(LanguageModel):
 
     def empty_layer_state(self, batch: int, capacity: int | None) -> KVCache:
         heads, head_dim = self.config.kv_heads, self.config.head_dim
-        return KVCache.empty(batch, capacity or 0, heads, head_dim, self.embed_tokens.weight)
+        return KVCache.empty(batch, capacity or 0, heads, head_dim, self.norm.weight)
 
     @property
     def layer_signature(self) -> tuple[Any, ...]:

@@ -1,0 +1,1 @@
+"""Models made smaller, or taken elsewhere: quantised weights, exported graphs."""

@@ -1,0 +1,261 @@
+"""Weights in 16, 8 or 4 bits for inference; everything else of a model stays as it is.
+
+What is stored, of a weight W `[N out, K in]`, is plain and outlives the kernels that read it:
+
+    bits 16   qweight bfloat16 [N,K]
+    bits 8    qweight int8 [N,K], scales bfloat16 [N]:  W = qweight · scales
+    bits 4    qweight uint8 [N,K'/2], scales and zeros bfloat16 [N,K'/G]:
+              W = (code - 8) · scales + zeros; column 2j in the low half of byte j, 2j+1 in the high
+              one; K' is K rounded up to whole groups of G columns, and what it adds is ignored
+
+How the numbers are found is in `retentive.compress`. Legend: M rows of activations.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from retentive.errors import InputError
+from retentive.models.config import Quantization
+
+if TYPE_CHECKING:
+    from retentive.models.language_model import LanguageModel
+
+Kernel = Callable[[Tensor], Tensor]  # bfloat16 [M,K] -> [M,N]
+
+FEW_ROWS = 8  # that oneDNN chooses its layout for
+TILE = 64  # torch's kernels take rows and columns of a weight in tiles; some do not check the ends
+
+
+class QuantizedLinear(nn.Module):
+    """x Wᵀ for x `[...,in]`, in the dtype of x; products are of bfloat16 activations, sums float32.
+
+    Its buffers are what is stored. On a CPU they are brought into the layout of torch's kernels at
+    the first call, beside what is stored, or by `prepare_`, instead of it. Without such a kernel
+    (other devices) the weight is dequantised at every call: right, but slow.
+    """
+
+    qweight: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, quantization: Quantization):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.quantization = quantization
+        stored = empty_tensors(in_features, out_features, quantization)
+        for name in ("qweight", "scales", "zeros"):
+            self.register_buffer(name, stored.get(name))
+        self._kernel: Kernel | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return F.linear(x, self.weight.to(x.dtype))
+        if self._kernel is None:
+            self._kernel = self._make_kernel()
+        rows = x.reshape(-1, self.in_features).bfloat16()
+        return self._kernel(rows).view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is multiplied by, float32 `[N,K]`, computed anew."""
+        return self.rows(torch.arange(self.out_features, device=self.qweight.device))
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The rows of the weight at `index` `[...]`, float32 `[...,K]`."""
+        assert self.qweight is not None, "prepare_ has dropped what is stored"
+        rows = self.qweight[index]
+        if self.scales is None:
+            return rows.float()
+        scales = self.scales[index].float().unsqueeze(-1)
+        if self.zeros is None:
+            return rows * scales
+        codes = unpack_nibbles(rows).unflatten(-1, (scales.shape[-2], -1))
+        zeros = self.zeros[index].float().unsqueeze(-1)
+        return ((codes.float() - 8) * scales + zeros).flatten(-2)[..., : self.in_features]
+
+    @classmethod
+    def fused(cls, parts: Sequence[Self]) -> Self:
+        """One product for several of the same x: their rows, one after the other."""
+        first = parts[0]
+        outputs = sum(part.out_features for part in parts)
+        with torch.device("meta"):
+            whole = cls(first.in_features, outputs, first.quantization)
+        for name in dict(whole.named_buffers()):
+            setattr(whole, name, torch.cat([getattr(part, name) for part in parts]))
+        return whole
+
+    def prepare_(self) -> Self:
+        """Keeps the kernel's layout only: for decoding. It cannot be saved afterwards."""
+        self._kernel = self._make_kernel()
+        for name in list(self._buffers):
+            setattr(self, name, None)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            raise InputError(
+                "a quantised model cannot be trained; train the one it was made from and quantise"
+                " that again"
+            )
+        return super().train(mode)
+
+    @torch.no_grad()
+    def _make_kernel(self) -> Kernel:
+        assert self.qweight is not None, "prepare_ has dropped what is stored"
+        return {16: Bfloat16Kernel, 8: Int8Kernel, 4: Int4Kernel}[self.quantization.bits](self)
+
+    def extra_repr(self) -> str:
+        bits = self.quantization.bits
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a quantised table, float32; the table of a tied model is its head as well."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, quantization: Quantization):
+        super().__init__()
+        self.table = QuantizedLinear(hidden_size, vocab_size, quantization)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table.rows(tokens)
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 `[vocab,D]`, computed anew."""
+        return self.table.weight
+
+
+def use_quantized_layers(model: "LanguageModel", quantization: Quantization) -> None:
+    """Puts quantised layers, without values, where a model has linear ones and its embedding."""
+    outer = replace(quantization, bits=max(quantization.bits, 8))  # these err by what 4 bits lose
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                scheme = outer if child is model.lm_head else quantization
+                linear = QuantizedLinear(child.in_features, child.out_features, scheme)
+                setattr(module, name, linear)
+    table = model.embed_tokens
+    model.embed_tokens = QuantizedEmbedding(table.num_embeddings, table.embedding_dim, outer)
+
+
+def empty_tensors(
+    in_features: int, out_features: int, quantization: Quantization
+) -> dict[str, Tensor]:
+    """What is stored of a weight, by name, without values."""
+    if quantization.bits == 16:
+        return {"qweight": torch.empty(out_features, in_features, dtype=torch.bfloat16)}
+    if quantization.bits == 8:
+        qweight = torch.empty(out_features, in_features, dtype=torch.int8)
+        return {"qweight": qweight, "scales": torch.empty(out_features, dtype=torch.bfloat16)}
+    groups = -(-in_features // quantization.group_size)
+    shape = (out_features, groups)
+    return {
+        "qweight": torch.empty(
+            out_features, groups * quantization.group_size // 2, dtype=torch.uint8
+        ),
+        "scales": torch.empty(shape, dtype=torch.bfloat16),
+        "zeros": torch.empty(shape, dtype=torch.bfloat16),
+    }
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 codes 0 to 15 `[...,K]` -> bytes `[...,K/2]`."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+class Bfloat16Kernel:
+    """oneDNN's, with the weight in its own layout: at few rows twice as fast as without."""
+
+    def __init__(self, layer: QuantizedLinear):
+        self.weight = layer.qweight
+        self.prepacked = _has_bfloat16()
+        if self.prepacked:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, FEW_ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.prepacked:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return F.linear(x.float(), self.weight.float())
+
+
+class Int8Kernel:
+    """torch's for 8-bit weights at few rows, a dense product at many."""
+
+    MANY_ROWS = 32
+
+    def __init__(self, layer: QuantizedLinear):
+        assert layer.scales is not None
+        self.padding = -layer.in_features % TILE
+        self.qweight = F.pad(layer.qweight, (0, self.padding))
+        self.scales = layer.scales
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, self.padding))
+        if len(x) < self.MANY_ROWS:
+            return torch._weight_int8pack_mm(x, self.qweight, self.scales)
+        return _dense(x, self.qweight).float().mul_(self.scales)
+
+
+class Int4Kernel:
+    """torch's for 4-bit weights at few rows; at many they are unpacked from its own layout.
+
+    That layout is torch's private matter and depends on the processor. It is one of those tried
+    here, or it is not read: then the kernel serves many rows, too.
+    """
+
+    MANY_ROWS = 128
+
+    def __init__(self, layer: QuantizedLinear):
+        assert layer.scales is not None and layer.zeros is not None
+        self.outputs, self.group_size = layer.out_features, layer.quantization.group_size
+        more = -self.outputs % TILE
+        codes = F.pad(unpack_nibbles(layer.qweight), (0, 0, 0, more))
+        self.padding = codes.shape[1] - layer.in_features
+        affine = torch.stack((layer.scales, layer.zeros), -1)
+        self.affine = F.pad(affine, (0, 0, 0, 0, 0, more)).transpose(0, 1).contiguous()  # [K/G,N,2]
+        self.packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        columns = codes.T
+        self.tile = next((n for n in (64, 32) if torch.equal(self._codes(n), columns)), None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, self.padding))
+        if self.tile is None or len(x) < self.MANY_ROWS:
+            y = torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.affine)
+        else:
+            y = _dense(x, self._unpacked(self.tile).T)
+        return y[:, : self.outputs]
+
+    def _codes(self, tile: int) -> Tensor:
+        """uint8 `[K,N]`, if each `tile` rows of the weight lie together, column by column.
+
+        A column of a tile is tile/2 bytes, its first half of rows in their low halves.
+        """
+        tiles = self.packed.view(-1, self.packed.numel() * 2 // len(self.packed), tile // 2)
+        return torch.stack((tiles & 15, tiles >> 4), 2).permute(1, 0, 2, 3).flatten(1)
+
+    def _unpacked(self, tile: int) -> Tensor:
+        """The weight, bfloat16 `[K,N]`."""
+        codes = self._codes(tile).bfloat16().sub_(8).unflatten(0, (-1, self.group_size))
+        scales, zeros = self.affine.unsqueeze(1).unbind(-1)
+        return torch.addcmul(zeros, codes, scales).flatten(0, 1)
+
+
+def _dense(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ with few-bit or bfloat16 weights `[N,K]`, in the fastest type of this CPU that is exact
+    enough."""
+    dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
+    return F.linear(x.to(dtype), weight.to(dtype))
+
+
+def _has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
