@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module with main(argv) -> exit code or None, help)
     "train": ("retentive.train.command", "train a model from a TOML configuration, or go on"),
     "generate": ("retentive.inference.command", "continue prompts with a trained model"),
     "info": ("retentive.info", "parameters, half-lives, state and FLOPs of a model or a size"),
+    "export": ("retentive.compress.export_command", "write a model for onnxruntime or torch.export"),
     "bench": ("retentive.bench.command", "measure speed and memory beside other implementations"),
 }
 

@@ -23,9 +23,11 @@ ALLOWED = {  # a room or a module beside the rooms -> the rooms it may import, b
     "inference": {"models", "ops", "data", "arguments"},
     "train": {"models", "ops", "data", "inference", "arguments"},
     "info": {"models", "ops", "arguments"},
+    "compress": {"models", "ops", "data", "arguments"},
 }
 MAY_IMPORT_ANYTHING = {"__init__", "__main__", "cli", "bench", "demo"}
 OPTIONAL = {"safetensors", "tokenizers", "tyro", "pydantic", "rich", "matplotlib", "transformers"}
+OPTIONAL |= {"onnx", "onnxscript", "onnx_ir", "onnxruntime"}
 
 
 def room(module: Path) -> str:

@@ -1,0 +1,47 @@
+"""`retentive export`: a trained RetNet for onnxruntime, or for torch without this package."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from retentive.arguments import parse
+from retentive.compress.export import TOLERANCE, check_format, check_out, export
+from retentive.data.tokenizer import FILE, load_tokenizer
+from retentive.models.checkpoint import load
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[Path]
+    """A model folder, or the folder of a training run."""
+    out: tyro.conf.Positional[Path | None] = None
+    """The folder to write; MODEL-FORMAT beside the model unless given."""
+    format: str = "onnx"
+    """onnx or torch-export."""
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(
+        Options,
+        argv,
+        "retentive export",
+        "Writes a RetNet as two graphs, a prefill and a step, checked against the model.",
+    )
+    check_format(options.format)
+    model_folder = options.model.expanduser()
+    beside = model_folder.with_name(f"{model_folder.resolve().name}-{options.format}")
+    out = beside if options.out is None else options.out.expanduser()
+    check_out(out)
+    model = load(model_folder)
+    has_tokenizer = (model_folder / FILE).is_file()
+    tokenizer = load_tokenizer(model_folder) if has_tokenizer else None
+    errors = export(model, out, options.format, tokenizer)
+    print(
+        f"checked against the model: relative error {errors.logits:.1e} in the logits,"
+        f" {errors.state:.1e} in the state (at most {TOLERANCE:.0e})"
+    )
+    if not has_tokenizer:
+        print(f"{model_folder} holds no {FILE}: none is in {out}")
+    print(f"wrote {out}")
