@@ -15,6 +15,7 @@ import torch
 
 from retentive.data.tokenizer import end_id, vocab_size
 from retentive.errors import InputError
+from retentive.inference.runner import Runner, runner
 from retentive.inference.sampling import Sampler, Sampling
 from retentive.inference.text import TextStream
 from retentive.models.files import fingerprint
@@ -73,13 +74,13 @@ class Session:
         self.whole = True  # False within a step, and after one that was broken off
         self._end = end_id(tokenizer)
         self._stopped: dict[int, RetNetState] = {}
-        self._state: RetNetState
+        self._runner: Runner
         self._sampler: Sampler
 
     @property
     def state_bytes(self) -> int:
         """Of all rows together."""
-        return self._state.nbytes + sum(state.nbytes for state in self._stopped.values())
+        return self._runner.state.nbytes + sum(state.nbytes for state in self._stopped.values())
 
     def read(self, prompts: Sequence[str]) -> list[Piece]:
         """Reads a prompt a row, long ones in segments, and makes every row active.
@@ -105,7 +106,8 @@ class Session:
             self._sampler = self._new_sampler(len(encoded))
             unread = [[self._end] for _ in encoded]
         text = [[*before, *tokens] for before, tokens in zip(unread, encoded, strict=True)]
-        self._state = read_tokens(self.model, [tokens[:-1] for tokens in text], state)
+        state = read_tokens(self.model, [tokens[:-1] for tokens in text], state)
+        self._runner = runner(self.model, state)
         self._stopped, self.active = {}, list(range(len(text)))
         self.rows = [Row(TextStream(self.tokenizer, self.stop, t), t[-1]) for t in encoded]
         for row, tokens in enumerate(encoded):
@@ -119,14 +121,9 @@ class Session:
         A row's text may be empty (a character not yet whole, a stop string perhaps beginning).
         """
         self.whole = False
-        last = torch.tensor(
-            [[self.rows[row].last] for row in self.active], device=self.model.device
-        )
-        hidden, state = self.model.hidden(last, self._state)
-        logits = self.model.head(hidden[:, -1])[:, : self.vocab_size]
+        last = torch.tensor([self.rows[row].last for row in self.active], device=self.model.device)
+        logits = self._runner.step(last)[:, : self.vocab_size]
         tokens = self._sampler.draw(logits, self.active).tolist()
-        assert state is not None
-        self._state = state
         pieces = [self._take(row, token) for row, token in zip(self.active, tokens, strict=True)]
         if any(piece.finish for piece in pieces):
             self._retire()
@@ -191,7 +188,7 @@ class Session:
             session.rows.append(Row(stream, saved["last"], finish))
         session._sampler = session._new_sampler(len(session.rows))
         session._sampler.restore(tensors, draws="seed" not in (sampling or {}))
-        session._state, session.active = state, list(range(len(session.rows)))
+        session._runner, session.active = runner(model, state), list(range(len(session.rows)))
         session._retire()
         return session
 
@@ -224,17 +221,17 @@ class Session:
         """Takes the rows that have stopped out of the batch; their states are kept."""
         for place, row in enumerate(self.active):
             if self.rows[row].finish:
-                self._stopped[row] = self._state.select([place])
+                self._stopped[row] = self._runner.state.select([place])
         going = [place for place, row in enumerate(self.active) if not self.rows[row].finish]
-        self._state = self._state.select(going)
+        self._runner = runner(self.model, self._runner.state.select(going))
         self.active = [self.active[place] for place in going]
 
     def _all_states(self) -> RetNetState:
         """The states of all rows, in their order."""
         if not self._stopped:
-            return self._state
+            return self._runner.state
         order = [*self.active, *self._stopped]
-        together = concat([self._state, *self._stopped.values()])
+        together = concat([self._runner.state, *self._stopped.values()])
         return together.select([order.index(row) for row in range(len(self.rows))])
 
 

@@ -20,7 +20,14 @@ __all__ = ["fingerprint", "load", "load_config", "save_model"]
 
 
 def save_model(model: LanguageModel, folder: str | Path) -> None:
-    """Write the two files, each aside and renamed. A tied head is left out."""
+    """Write the two files, each aside and renamed. A tied head is left out.
+
+    Raises InputError for a packed model.
+    """
+    if model.packed_from is not None:
+        raise InputError(
+            "the model was packed for inference; save it before pack_, or load it anew"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, dict(model.state_dict()), {"format": "pt"})

@@ -46,9 +46,18 @@ def flops_per_token(
 def mixing_flops(config: RetNetConfig | TransformerConfig, context: float) -> float:
     """Forward FLOPs a token and layer of the mixer itself, without its projections."""
     if isinstance(config, RetNetConfig):
-        K, V = config.qk_head_dim, config.value_head_dim
-        return config.num_heads * (2 * COUNTED_CHUNK * (K + V) + 4 * K * V)
-    return 4 * context * config.num_heads * config.head_dim
+        return retention_flops(config.num_heads, config.qk_head_dim, config.value_head_dim)
+    return attention_flops(config.num_heads, config.head_dim, context)
+
+
+def retention_flops(heads: int, K: int, V: int) -> int:
+    """Forward FLOPs of a token: within its chunk q·k and p·v, and the state updated and read."""
+    return heads * (2 * COUNTED_CHUNK * (K + V) + 4 * K * V)
+
+
+def attention_flops(heads: int, head_dim: int, context: float) -> float:
+    """Forward FLOPs of a token that looks at `context` tokens."""
+    return 4 * context * heads * head_dim
 
 
 def state_bytes(
@@ -69,6 +78,27 @@ def weight_bytes(
 ) -> int:
     """Bytes of all weights."""
     return sum(parameters(config).values()) * dtype.itemsize
+
+
+def decode_bytes(
+    config: RetNetConfig | TransformerConfig,
+    batch: int,
+    context: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    weights: int | None = None,
+) -> int:
+    """Bytes that a decoding step of `batch` rows has to move, behind `context` tokens of each.
+
+    Every weight is read once, the head included, the embedding table only where it is the head
+    (`weights` says how many bytes of them there are where they are not all of `dtype`). A RetNet's
+    state is read and written; keys and values are read.
+    """
+    if weights is None:
+        table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        weights = weight_bytes(config, dtype) - table * dtype.itemsize
+    passes = 2 if isinstance(config, RetNetConfig) else 1
+    return weights + passes * batch * state_bytes(config, context, dtype=dtype)
 
 
 def _mixer_weights(config: RetNetConfig | TransformerConfig) -> int:

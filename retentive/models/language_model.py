@@ -46,6 +46,7 @@ class LanguageModel(nn.Module):
         if config.quantization is not None:
             use_quantized_layers(self, config.quantization)
         self.checkpoint_layers = False
+        self.packed_from: str | None = None  # the fingerprint before `inference.packed`
         if not self.norm.weight.is_meta:
             self.init_weights()
 
@@ -91,7 +92,7 @@ class LanguageModel(nn.Module):
             layout = self.layout(tokens, state)
         self._check_tokens(tokens)
         self._check(tokens, state, layout)
-        x = self.dropout(self._embed(tokens))
+        x = self.dropout(self.embed(tokens))
         after: list[Any] = []
         for index, block in enumerate(self.layers):
             before = None if state is None else state.layers[index]
@@ -128,13 +129,13 @@ class LanguageModel(nn.Module):
         shape = (tokens.shape[0], tokens.shape[1])
         start = None if state is None else self._positions(state, shape[0])
         if padding_mask is None:
-            return layouts.dense(self._angles, shape, start, tokens.device)
+            return layouts.dense(self.angles, shape, start, tokens.device)
         if padding_mask.shape != shape:
             raise InputError(
                 f"padding_mask is {list(padding_mask.shape)} for tokens {list(shape)};"
                 " give an entry for each token"
             )
-        return layouts.padded(self._angles, padding_mask.bool(), start)
+        return layouts.padded(self.angles, padding_mask.bool(), start)
 
     def packed_layout(
         self, cu_seqlens: Tensor, *, rows: int | None = None, state: RetNetState | None = None
@@ -143,9 +144,10 @@ class LanguageModel(nn.Module):
         start = None
         if state is not None:
             start = self._positions(state, len(cu_seqlens) - 1 if rows is None else rows)
-        return layouts.packed(self._angles, cu_seqlens, rows, start, self.device)
+        return layouts.packed(self.angles, cu_seqlens, rows, start, self.device)
 
-    def _angles(self, positions: Tensor) -> Angles:
+    def angles(self, positions: Tensor) -> Angles:
+        """Of int64 positions `[B|1,T]`, in the model's `exact_dtype`."""
         return self.rotation(positions, self.exact_dtype)
 
     # State and weights
@@ -207,7 +209,8 @@ class LanguageModel(nn.Module):
 
     # What a caller may get wrong
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings `[...,D]` of tokens `[...]`; what are embeddings already stay as they are."""
         if tokens.is_floating_point():
             return tokens
         try:

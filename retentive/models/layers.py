@@ -110,6 +110,7 @@ class MultiScaleRetention(Recomputing):
         self.v_proj = nn.Linear(hidden_size, num_heads * V, bias=False)
         self.g_proj = nn.Linear(hidden_size, num_heads * V, bias=False) if gate else None
         self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=False)
+        self.fused_proj: nn.Module | None = None
         if not self.o_proj.weight.is_meta:
             self.init_weights("official", 1)
 
@@ -131,10 +132,8 @@ class MultiScaleRetention(Recomputing):
         if layout is None:
             layout = self._layout(x, state, positions)
         angles = layout.angles
-        q, k, v = (
-            project(x).unflatten(-1, (self.num_heads, -1))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        *qkv, gate = self.project(x)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)
         o, final = retention(
             rotate(q, angles.cos, angles.sin),
             rotate(k, angles.key_cos, angles.key_sin),
@@ -147,16 +146,23 @@ class MultiScaleRetention(Recomputing):
             backend=self.backend,
             output_state=layout.keeps_state,
         )
-        gate = None if self.g_proj is None else self.g_proj(x)
-        y = self.recomputed(self._output, o, gate)
+        y = self.recomputed(self.output, o, gate)
         return y, None if final is None else layout.leave(final)
 
-    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys `[B,T,H·K]`, values and the gate before its swish `[B,T,H·V]`."""
+        if self.fused_proj is not None:
+            return self.fused_proj(x)
+        gate = None if self.g_proj is None else self.g_proj(x)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x), gate
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        """y `[B,T,D]` of what the op gives, o `[B,T,H,V]`."""
         normed = self.head_norm(o, o.shape[-1:], eps=self.head_norm_eps).flatten(-2)
         return self.o_proj(normed if gate is None else F.silu(gate) * normed)
 
     def _layout(self, x: Tensor, state: Tensor | None, positions: Tensor | None) -> Layout:
-        width = self.q_proj.in_features
+        width = self.o_proj.out_features
         if x.ndim != 3 or x.shape[2] != width or 0 in x.shape:
             raise InputError(
                 f"x is {list(x.shape)}; give [B,T,{width}] with at least one row and token"
@@ -198,10 +204,16 @@ class FeedForward(Recomputing):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.fused_proj: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = None if self.gate_proj is None else self.gate_proj(x)
-        return self.recomputed(self._output, self.up_proj(x), gate)
+        return self.recomputed(self._output, *self.project(x))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What goes up and what gates it, `[B,T,ffn]` each."""
+        if self.fused_proj is not None:
+            return self.fused_proj(x)
+        return self.up_proj(x), None if self.gate_proj is None else self.gate_proj(x)
 
     def _output(self, up: Tensor, gate: Tensor | None) -> Tensor:
         return self.down_proj(self.act(up) if gate is None else self.act(gate) * up)
