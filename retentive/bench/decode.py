@@ -1,91 +1,174 @@
-"""`retentive bench decode`: does a token cost the same, however much has been read?"""
+"""`retentive bench decode`: what a token costs, over contexts and batches, and along a long text.
 
-import json
-import tempfile
+Every contender decodes greedily behind a context: a RetNet from the state of a text it has read, a
+Transformer from caches of random keys and values, which cost what those of a text cost. Then a
+RetNet decodes one text for `--tokens` tokens; the states it had on the way are kept, and blocks of
+tokens from each of them are timed in turn, so that a noisy machine is as noisy to all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from retentive.bench.output import check_writable
-from retentive.demo.decode import Measure, measure
+import tyro
+
+from retentive.bench import figures, tables
+from retentive.bench.contenders import Entry
+from retentive.bench.limits import Limits
+from retentive.bench.measure import measure_case
+from retentive.bench.models import subject
+from retentive.bench.options import Common, check_positive
+from retentive.bench.processes import Process
+from retentive.bench.results import Result, Row
+from retentive.devices import resolve_dtype
 from retentive.errors import InputError
-from retentive.models.checkpoint import load_config, save_model
-from retentive.models.config import RetNetConfig
-from retentive.models.files import write_text
-from retentive.models.retnet import RetNet
+from retentive.models.counts import decode_bytes, state_bytes
+
+MARKS = 16  # states kept along the text
+BLOCK = 16  # tokens timed from a state in its turn
+BLOCK_ROUNDS = 24
 
 
 @dataclass(frozen=True)
-class DecodeBenchmark:
-    model: str = "demo"
-    """A RetNet's model folder, or a size by name, with random weights: those are as fast."""
-    tokens: int = 100_000
-    """Decoded one by one, without a stop."""
-    out: Path | None = None
-    """Write every number as JSON to this file."""
+class DecodeBenchmark(Common):
+    model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A size by name, with random weights (they are as fast), or a RetNet's model folder; given
+    several times, ours are measured of each, the others as equals of the first. Default: 38m."""
+    batches: tuple[int, ...] = (1, 8)
+    contexts: tuple[int, ...] = (128, 2048, 8192)
+    """Tokens read before those that are timed."""
+    tokens: int = 16384
+    """Decoded one by one, for what a token costs along a text; 0 leaves this out."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1024:
-            raise InputError(f"tokens must be at least 1024, got {self.tokens}")
+        super().__post_init__()
+        check_positive("batches", *self.batches)
+        check_positive("contexts", *self.contexts)
+        if self.tokens and self.tokens < 1024:
+            raise InputError(f"tokens must be at least 1024, or 0 for none, got {self.tokens}")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """At `position` tokens: seconds a token, bytes of state in use, bytes of the process in RAM."""
+
+    position: int
+    seconds: float
+    state: int
+    resident: int
 
 
 def run(options: DecodeBenchmark) -> None:
-    check_writable(options.out)
-    if (given := Path(options.model)).is_dir():
-        if not isinstance(load_config(given), RetNetConfig):
-            raise InputError(f"{given} holds no RetNet; give a RetNet's model folder or a size")
-        return _run(options, given)
-    model = RetNet(RetNetConfig.named(options.model))
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, folder)
-        _run(options, Path(folder))
+    contenders, limits = options.taking_part("decode"), options.limits()
+    models = [subject(given) for given in options.model or ("38m",)]
+    entries = [Entry(contender, models[0]) for contender in contenders]
+    entries += [
+        Entry(e.contender, model) for model in models[1:] for e in entries if e.opens_folder
+    ]
+    old = options.old("decode")
+    options.check_writable()
+    result = Result.begun("decode", options, limits)
+    for batch in options.batches:
+        for context in options.contexts:
+            result.rows += decode_rows(entries, options, limits, batch, context)
+            result.save(options.out)
+    if options.tokens and (ours := next((e for e in entries if e.opens_folder), None)):
+        result.more["along"] = flatness(ours, options, limits)
+        result.save(options.out)
+    tables.show(result, "decoding", of="memory read")
+    if "along" in result.more:
+        tables.show_along(result.more["along"])
+    figures.decode(result, options.figure_stem)
+    tables.finish(result, options, old)
 
 
-def _run(options: DecodeBenchmark, folder: Path) -> None:
+def decode_rows(
+    entries: Sequence[Entry], options: Common, limits: Limits, batch: int, context: int
+) -> list[Row]:
+    """One case. Ours are named by their models, too, where there are several."""
+    case = {**options.case("decode", limits), "batch": batch, "context": context}
+    several = len({entry.model for entry in entries}) > 1
+    rows = measure_case(
+        case, entries, options.rounds, limits, sizes=["batch", "context"], run={"seconds": 0.3}
+    )
+    dtype = resolve_dtype(options.dtype)
+    for entry, row in zip(entries, rows, strict=True):
+        config = entry.config()
+        row.tokens, row.limit = batch, limits.stream
+        row.work = decode_bytes(config, batch, context, dtype=dtype, weights=row.weight_bytes)
+        if row.memory is not None:
+            row.memory["state"] = batch * state_bytes(config, context, dtype=dtype)
+        if several and entry.opens_folder:
+            assert entry.model is not None
+            row.contender = f"{row.contender} {entry.model.name}"
+    return rows
+
+
+# Along a text
+
+
+def flatness(entry: Entry, options: DecodeBenchmark, limits: Limits) -> dict[str, Any]:
+    """Time of a token and memory at marks along a text of `options.tokens`, and their drift."""
     from rich.progress import Progress
 
-    with Progress(transient=True) as progress:
+    marks = marks_along(options.tokens)
+    with Progress(transient=True) as progress, ExitStack() as stack:
         task = progress.add_task(f"decoding {options.tokens:,} tokens", total=options.tokens)
-        measures = measure(
-            "RetNet", folder, options.tokens, lambda at: progress.update(task, completed=at)
+        process = Process(entry.contender.worker, options.threads)
+        stack.callback(process.close)
+        measures = walk(
+            process,
+            entry,
+            {**options.case("along", limits), "batch": 1, "marks": marks, "keep_states": True},
+            lambda position: progress.update(task, completed=position),
         )
-    drift = drifts(measures)
-    if options.out is not None:
-        result: dict[str, Any] = {"benchmark": "decode", "format": 1, "drift": drift}
-        result |= {"options": {**asdict(options), "out": None}}
-        result |= {"measures": [asdict(at) for at in measures]}
-        write_text(options.out, json.dumps(result, indent=1) + "\n")
-    show(measures, drift)
-
-
-def drifts(measures: list[Measure]) -> dict[str, float]:
-    """The last quarter of a run over its first: medians of time a token and of resident memory."""
-    quarter = len(measures) // 4
-    first, last = measures[:quarter], measures[-quarter:]
+        samples = in_turn(len(marks), lambda at: process.run(at=at, times=BLOCK)["seconds"])
+    times = [median(map(median, blocks)) for blocks in samples]
     return {
-        name: median(getattr(at, name) for at in last) / median(getattr(at, name) for at in first)
-        for name in ("seconds", "resident")
+        "contender": entry.contender.name,
+        "measures": [asdict(measure) for measure in measures],
+        "samples": samples,
+        "seconds": times,
+        "drift": {
+            "seconds": drift(times),
+            "resident": drift([measure.resident for measure in measures]),
+        },
     }
 
 
-def show(measures: list[Measure], drift: dict[str, float]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def walk(
+    process: Process, entry: Entry, case: dict[str, Any], reached: Callable[[int], None]
+) -> list[Measure]:
+    """Decodes up to each of `case["marks"]`; `reached` hears of them."""
+    measures: list[Measure] = []
 
-    table = Table(title="decoding one text, token by token")
-    for title in ("tokens read", "ms a token", "state", "resident"):
-        table.add_column(title, justify="right")
-    for at in measures[:: max(1, len(measures) // 8)]:
-        table.add_row(
-            f"{at.position:,}",
-            f"{1000 * at.seconds:.2f}",
-            f"{at.state / 2**20:.1f} MiB",
-            f"{at.resident / 2**20:.1f} MiB",
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        f"last quarter over first: time a token x{drift['seconds']:.3f}, "
-        f"resident memory x{drift['resident']:.3f}"
-    )
+    def heard(mark: dict[str, Any]) -> None:
+        measures.append(Measure(**mark))
+        reached(measures[-1].position)
+
+    process.prepare(entry.case(case), heard)
+    return measures
+
+
+def marks_along(tokens: int) -> list[int]:
+    """From 128 on, each as many times the one before, the last at `tokens`."""
+    ratio = (tokens / 128) ** (1 / (MARKS - 1))
+    return sorted({round(128 * ratio**n) for n in range(MARKS)})
+
+
+def in_turn(count: int, block: Callable[[int], list[float]]) -> list[list[list[float]]]:
+    """Blocks of each in turn, every other round backwards: none always follows the same one."""
+    samples: list[list[list[float]]] = [[] for _ in range(count)]
+    for number in range(BLOCK_ROUNDS):
+        order = range(count) if number % 2 == 0 else reversed(range(count))
+        for at in order:
+            samples[at].append(block(at))
+    return samples
+
+
+def drift(values: Sequence[float]) -> float:
+    """The last quarter over the first, medians."""
+    quarter = max(1, len(values) // 4)
+    return median(values[-quarter:]) / median(values[:quarter])

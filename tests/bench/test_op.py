@@ -1,4 +1,4 @@
-"""The op benchmark: what it counts, how it chooses, what it does with a contender that fails."""
+"""The op benchmark: what it counts, and a small run from the command line."""
 
 import json
 
@@ -6,94 +6,53 @@ import pytest
 
 from retentive.bench import op
 from retentive.bench.command import main
-from retentive.bench.peers import PeerOp, PeerUnavailable
 from retentive.errors import InputError
-
-
-class Scripted:
-    """A contender whose runs take the seconds given for each chunk size."""
-
-    version, form = "1", "chunkwise"
-
-    def __init__(self, name, seconds):
-        self.name, self.seconds, self.chunk_sizes = name, seconds, tuple(seconds)
-        self.prepared, self.closed = [], 0
-
-    def prepare(self, case):
-        self.prepared.append(case["chunk_size"])
-        if self.seconds[case["chunk_size"]] is None:
-            raise PeerUnavailable("no memory")
-
-    def run(self):
-        seconds = self.seconds[self.prepared[-1]]
-        return seconds / 4, 3 * seconds / 4
-
-    def close(self):
-        self.closed += 1
-
-
-@pytest.fixture
-def instant_gemm(monkeypatch):
-    monkeypatch.setattr(op, "measure_gemm_rate", lambda device, dtype: 1e11)
 
 
 def test_flops_are_counted_at_a_chunk_of_64():
     # By hand: per head and token 2·64·192 inside a chunk and 4·64·128 through the state,
     # 24576 + 32768 = 57344; three times that, for 8 heads.
-    assert op._flops_per_token(op.OpBenchmark()) == 3 * 8 * 57344
+    options = op.OpBenchmark()
+    assert op.flops_per_token("retnet", options, 2048) == 3 * 8 * 57344
+    # Attention: q·k and p·v with the 2, 3 and 4 keys of the tokens of a text of 3, 2 on average.
+    assert op.flops_per_token("attention", options, 3) == 3 * 8 * 2 * 2 * 2 * 64
 
 
-def test_contenders_keep_their_best_chunk_size_and_a_failure_is_a_row(instant_gemm):
-    fast = Scripted("fast", {512: 2.0, 256: 1.0, 128: 3.0, 64: 0.1})
-    broken = Scripted("broken", {64: None})
-    case = op._measure_case(op.OpBenchmark(rounds=4), 512, [fast, broken])
-    assert fast.prepared == [512, 256, 128, 256]
-    assert fast.closed == broken.closed == 1
-    row, reason = case["rows"]
-    assert row["chunk_size"] == 256 and row["seconds"] == [(0.25, 0.75)] * 4
-    assert reason["error"] == "no memory" and "seconds" not in reason
-
-
-def test_a_run_is_a_table_and_a_file(instant_gemm, monkeypatch, tmp_path, capsys):
-    class Missing(PeerOp):
-        def _start(self):
-            raise PeerUnavailable("not installed: no network")
-
-    monkeypatch.setattr(op, "PeerOp", Missing)
+def test_a_run_is_a_table_a_file_and_figures(quick_limits, local_processes, tmp_path, capsys):
     out = tmp_path / "new" / "op.json"
-    options = ["--lengths", "1024", "--ours-only", "1100", "--heads", "1", "--rounds", "2"]
-    assert main(["op", *options, "--key-dim", "8", "--value-dim", "8", "--out", str(out)]) == 0
+    sizes = ["--heads", "1", "--key-dim", "8", "--value-dim", "8", "--lengths", "64", "100"]
+    names = "retnet,retnet-parallel,retnet-recurrent,retnet-reference,attention,"
+    names += "flash-linear-attention"
+    rest = ["--rounds", "2", "--device", "cpu", "--contenders", names, "--out", str(out)]
+    assert main(["op", *sizes, *rest]) == 0
     result = json.loads(out.read_text())
-    assert [case["tokens"] for case in result["cases"]] == [1024, 1100]
-    names = [row["name"] for row in result["cases"][0]["rows"]]
-    assert names == ["retentive", "yet-another-retnet", "yet-another-retnet", "torchscale"]
-    assert all(len(case["rows"][0]["seconds"]) == 2 for case in result["cases"])
-    table = capsys.readouterr().out
-    assert table.count("not installed: no network") == 3
-
-
-def test_a_peer_that_dies_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("retentive.bench.peers.installed_peers", lambda: tmp_path)
-    peer = PeerOp("torchscale")
-    case = {"tokens": 8, "heads": 1, "key_dim": 4, "value_dim": 4, "threads": 1, "chunk_size": 4}
-    with pytest.raises(PeerUnavailable, match="ModuleNotFoundError: No module named 'torchscale'"):
-        peer.prepare(case)
-    assert peer._process is not None
-    peer._process.kill()
-    with pytest.raises(PeerUnavailable, match="process died"):
-        peer.run()
+    rows = result["rows"]
+    assert [row["case"]["tokens"] for row in rows] == [64] * 6 + [100] * 6
+    assert [row["contender"] for row in rows[:6]] == names.split(",")
+    for row in rows[:5]:
+        assert row["error"] is None and len(row["samples"]) == len(row["forward"]) == 2
+        assert row["memory"]["peak"] >= row["memory"]["start"] > 0
+    assert "need a CUDA device" in rows[5]["error"]
+    assert result["limits"]["gemm_flops"] == [1e11] * 4
+    shown = capsys.readouterr().out
+    assert "need a CUDA device" in shown and "retnet-recurrent: recurrent" in shown
+    for kind in ("png", "svg"):
+        assert (tmp_path / "new" / f"op.{kind}").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["opp"], "unknown benchmark 'opp' .did you mean 'op'"),
-        (["op", "--lengths", "1500"], "multiples of 1024, got 1500"),
-        (["op", "--lengths", "0"], "at least 1024 tokens, got 0"),
+        (["op", "--lengths", "0"], "lengths must be at least 64, got 0"),
         (["op", "--rounds", "0"], "rounds must be at least 1, got 0"),
         (["op", "--round", "3"], "did you mean --rounds"),
+        (["op", "--contenders", "retnet,torchscal"], "'torchscal' of bench op .*'torchscale'"),
+        (["op", "--compare", "nowhere.json"], "no file nowhere.json"),
+        (["op", "--lengths", "99999999999"], "does not fit: about .* GiB of .* GiB free"),
     ],
 )
 def test_bad_options_are_refused(argv, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=words) as caught:
         main(argv)
+    assert "\n" not in str(caught.value)

@@ -66,3 +66,24 @@ def test_parts_of_the_papers_sizes(size: str) -> None:
     parts = counts.parameters(config)
     assert parts["retention"] == 8 * depth * width**2
     assert parts["ffn"] == 4 * depth * width**2
+
+
+def test_bytes_of_a_decoding_step_by_hand() -> None:
+    retnet = RetNetConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=2)
+    # 12 D² a layer and the head; two LayerNorms a layer and one at the end; the table is not read.
+    weights = 2 * 12 * 64**2 + 100 * 64 + 5 * 2 * 64
+    state = 2 * 2 * 32 * 64  # layers, heads, K, V: read and written for each row
+    assert counts.decode_bytes(retnet, 3, 7) == 4 * (weights + 3 * 2 * state)
+    half = counts.decode_bytes(retnet, 3, 7, dtype=torch.bfloat16)
+    assert half == 2 * weights + 4 * 3 * 2 * state  # the state stays float32
+    assert counts.decode_bytes(retnet, 3, 7, weights=1000) == 1000 + 4 * 3 * 2 * state
+    tied = RetNetConfig(
+        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=2, tie_word_embeddings=True
+    )
+    assert counts.decode_bytes(tied, 3, 7) == counts.decode_bytes(retnet, 3, 7)
+    transformer = TransformerConfig(
+        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=4, num_kv_heads=1
+    )
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 16 + 2 * 64 * 256) + 100 * 64 + 5 * 2 * 64
+    cache = 2 * 2 * 1000 * 16  # layers, keys and values, tokens, dims: read
+    assert counts.decode_bytes(transformer, 3, 1000) == 4 * (weights + 3 * cache)

@@ -1,0 +1,72 @@
+"""What the machine can do at best, measured beside what is compared with it."""
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+
+from retentive.train.metrics import measure_gemm_rate
+
+STREAM_BYTES = 2**28  # beyond any cache of a CPU
+
+
+@dataclass
+class Limits:
+    """Rates of large matrix products (FLOP/s) and of reading memory (bytes/s), sample by sample.
+
+    `sample` between the rounds; a machine that slows down slows them with the contenders.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    gemm_rates: list[float] = field(default_factory=list)
+    stream_rates: list[float] = field(default_factory=list)
+
+    def sample(self) -> None:
+        self.gemm_rates.append(measure_gemm_rate(self.device, self.dtype, seconds=0.2))
+        self.stream_rates.append(measure_stream_rate(self.device))
+
+    @property
+    def gemm(self) -> float:
+        return median(self.gemm_rates) if self.gemm_rates else 0.0
+
+    @property
+    def stream(self) -> float:
+        """The best of all: what memory gives undisturbed, which no use of it can exceed."""
+        return max(self.stream_rates, default=0.0)
+
+
+def measure_stream_rate(device: torch.device, seconds: float = 0.2) -> float:
+    """Bytes/s of the best of several ways to read a large buffer once, on all threads."""
+    x = torch.ones(STREAM_BYTES // 4, device=device)
+    rows = x.view(-1, 4096)
+    ways = (
+        lambda: x.sum(),
+        lambda: x.max(),
+        lambda: torch.dot(x, x),  # reads it twice, but the second time from the cache
+        lambda: rows @ rows[0],
+        lambda: rows.sum(1).amax(),
+    )
+    best, began = float("inf"), time.perf_counter()
+    for way in itertools.cycle(ways):
+        start = time.perf_counter()
+        way().flatten()[0].item()  # reading an element waits for the device
+        end = time.perf_counter()
+        best = min(best, end - start)
+        if end - began > seconds:
+            return STREAM_BYTES / best
+    raise AssertionError
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had on the device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+    except FileNotFoundError:
+        return None
+    return int(lines["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,162 @@
+"""Results as tables in the terminal."""
+
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from retentive.bench import results
+from retentive.bench.results import Result, Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from retentive.bench.options import Common
+
+
+def console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+def show(result: Result, title: str, *, of: str) -> None:
+    """A row for each case and contender; ratios of times within a case, the first being ours."""
+    from rich.table import Table
+
+    decoding = result.benchmark == "decode"
+    table = Table(title=f"{title}, {result.options['dtype']}", title_justify="left")
+    sizes = list(result.rows[0].case) if result.rows else []
+    columns = [*sizes, "contender", "tokens/s", *(["ms"] if decoding else [])]
+    for name in (*columns, "spread", f"of {of}", "memory", "time"):
+        left = name == "contender"
+        table.add_column(name, justify="left" if left else "right", no_wrap=not left)
+    for _, group in groupby(result.rows, key=lambda row: list(row.case.values())):
+        rows = list(group)
+        for number, row in enumerate(rows):
+            case = [f"{v:,}" if isinstance(v, int) else v for v in row.case.values()]
+            cells = case if number == 0 else [""] * len(case)
+            table.add_row(*cells, *_cells(row, rows, decoding), style="dim" if row.error else None)
+        table.add_section()
+    out = console()
+    out.print(table)
+    out.print(conditions(result))
+    for line in _who(result.rows):
+        out.print(f"  {line}")
+
+
+def _cells(row: Row, rows: Sequence[Row], decoding: bool) -> list[str]:
+    """From the contender on; of one that did not run its name only: the reason is told below."""
+    chunk = f", C {row.chunk_size}" if row.chunk_size else ""
+    if row.error is not None:
+        return [row.contender, "not run"]
+    low, high = row.spread
+    return [
+        f"{row.contender}: {row.form}{chunk}",
+        f"{row.rate:,.0f}" if row.rate >= 100 else f"{row.rate:.1f}",
+        *([f"{1000 * row.seconds:.1f}"] if decoding else []),
+        f"{low:.2f}-{high:.2f}",
+        f"{row.fraction:.0%}",
+        size(row.added_bytes),
+        versus(row, rows),
+    ]
+
+
+def _who(rows: Sequence[Row]) -> list[str]:
+    """Version and parameters of each contender; of those that did not run where and why."""
+    lines = {}
+    for row in rows:
+        if row.error is None:
+            count = f", {row.parameters / 1e6:.1f}M parameters" if row.parameters else ""
+            lines[f"{row.contender} {row.version}{count}"] = []
+    for row in rows:
+        if row.error is not None:
+            case = " ".join(f"{name} {value:,}" for name, value in row.case.items())
+            lines.setdefault(f"{row.contender} not run: {row.error}", []).append(case)
+    cases = len({str(row.case) for row in rows})
+    return [
+        f"{line} ({'; '.join(where)})" if 0 < len(where) < cases else line
+        for line, where in lines.items()
+    ]
+
+
+def show_along(along: dict[str, Any]) -> None:
+    """What a token costs along one text."""
+    from rich.table import Table
+
+    title = f"one text, token by token: {along['contender']}"
+    table = Table(title=title, title_justify="left")
+    for name in ("tokens read", "ms a token", "state", "resident"):
+        table.add_column(name, justify="right")
+    for at, seconds in zip(along["measures"], along["seconds"], strict=True):
+        cells = f"{at['position']:,}", f"{1000 * seconds:.2f}"
+        table.add_row(*cells, size(at["state"]), size(at["resident"]))
+    out, drift = console(), along["drift"]
+    out.print(table)
+    out.print(
+        "Every token was decoded; the times are of blocks from the states on the way, in turn. "
+        f"Last quarter over first: time x{drift['seconds']:.3f}, memory x{drift['resident']:.3f}"
+    )
+
+
+def versus(row: Row, rows: Sequence[Row]) -> str:
+    """Its time over that of the first row of the case that ran."""
+    first = next(other for other in rows if other.error is None)
+    return "" if row is first else f"{row.seconds / first.seconds:.2f}x"
+
+
+def size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def conditions(result: Result) -> str:
+    told, options = result.machine, result.options
+    return (
+        f"Medians of {options['rounds']} rounds in which the contenders take turns; spread: the "
+        "fastest and slowest round over the median. Memory: the peak of its process above its "
+        "start. Time: over that of the first.\n"
+        f"{told['gpu'] or told['processor']}, {options['threads']} threads, torch {told['torch']}; "
+        f"{limits(result)}"
+    )
+
+
+def limits(result: Result) -> str:
+    gemm, stream = (result.limits[name] for name in ("gemm_flops", "stream_bytes"))
+    if not gemm:
+        return "limits not measured"
+    return (
+        f"GEMM {median(gemm) / 1e9:,.0f} GFLOP/s ({min(gemm) / 1e9:,.0f}-{max(gemm) / 1e9:,.0f}),"
+        f" reading memory {max(stream) / 1e9:.1f} GB/s at best (median {median(stream) / 1e9:.1f})"
+    )
+
+
+def finish(result: Result, options: "Common", old: Result | None) -> None:
+    """What comes after a benchmark's own table: the comparison with an older run."""
+    if old is not None:
+        show_comparison(old, result)
+
+
+def show_comparison(old: Result, new: Result) -> None:
+    from rich.table import Table
+
+    table = Table(title="against the older run", title_justify="left")
+    for name in ("case", "contender", "now", "times as fast"):
+        left = name in ("case", "contender")
+        table.add_column(name, justify="left" if left else "right")
+    for row, ratio in results.compare(old, new):
+        case = ", ".join(f"{name} {value}" for name, value in row.case.items())
+        table.add_row(case, row.contender, f"{row.rate:,.0f} tokens/s", f"{ratio:.2f}x")
+    out = console()
+    out.print(table)
+    out.print("Each as the fraction of its own run's limit: GEMM rate, or memory read.")
+    changed = [
+        f"{name} {before} before, {now} now"
+        for name, before, now in _different(old.machine, new.machine)
+    ]
+    if changed:
+        out.print("; ".join(changed))
+
+
+def _different(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(k, old.get(k), new[k]) for k in new if old.get(k) != new[k]]

@@ -1,0 +1,191 @@
+"""Our models and our op, in a process of their own."""
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from retentive import __version__
+from retentive.bench.workers import tasks
+from retentive.bench.workers.along import TIMED, prepare_along
+from retentive.bench.workers.ops import prepare_op
+from retentive.bench.workers.serving import Answer, Case, Run, Tell, serve
+from retentive.devices import resolve_dtype
+from retentive.inference.packed import pack_
+from retentive.inference.runner import runner
+from retentive.inference.session import read_tokens
+from retentive.models.checkpoint import load
+from retentive.models.config import RetNetConfig, config_from_dict
+from retentive.models.counts import parameters, state_bytes
+from retentive.models.kv_cache import KVCache
+from retentive.models.language_model import LanguageModel
+from retentive.models.retnet import RetNet
+from retentive.models.state import RetNetState
+from retentive.models.transformer import Transformer
+
+ROOM = 4096  # tokens that may be decoded behind a filled cache
+
+
+class Ours:
+    """A RetNet or our Transformer, behind the benchmark's calls."""
+
+    def __init__(self, case: Case):
+        self.model = model_of(case)
+        self.runs = case.get("packed", False)
+        config = config_from_dict(case["config"])
+        if isinstance(self.model, RetNet):
+            self.model.use(form=case["retention"], backend=case["backend"])
+        self.facts: dict[str, Any] = {
+            "version": __version__,
+            "form": case["form"],
+            "parameters": sum(parameters(config).values()),
+            "weight_bytes": read_bytes(self.model),
+        }
+        if self.runs and case["device"] == "cpu":
+            pack_(self.model)
+
+    def parameters(self) -> Iterable[Tensor]:
+        return self.model.train().parameters()
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """As a training run has it: the rows packed, no state, the logits never whole."""
+        rows, length = tokens.shape
+        layout = self.model.packed_layout(torch.arange(0, rows * length + 1, length))
+        hidden, _ = self.model.hidden(tokens.view(1, -1), layout=layout)
+        return self.model.loss(hidden, targets.view(1, -1))
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """As generation reads a prompt: all but the last token, whose logits are wanted."""
+        *prompt, last = tokens[0].tolist()
+        state = self.model.init_state(1, capacity=len(prompt) + 1)
+        state = read_tokens(self.model, [prompt], state)
+        hidden, _ = self.model.hidden(tokens.new_tensor([[last]]), state)
+        return self.model.head(hidden[:, -1])
+
+    def decoder(self, batch: int, context: int) -> "Decoder":
+        if isinstance(self.model, Transformer):
+            decoder = CacheDecoder.empty(self.model, batch, context + ROOM)
+            decoder.skip(context)
+            return decoder
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.model.config.vocab_size, (context,), generator=generator)
+        state = read_tokens(self.model, [tokens.tolist()], self.model.init_state(1))
+        return self._recurrent(state.select([0] * batch))
+
+    def fresh_decoder(self, batch: int, tokens: int) -> "Decoder":
+        """Decoding from the first token on, with room for `tokens` where room is needed."""
+        if isinstance(self.model, Transformer):
+            return CacheDecoder.empty(self.model, batch, tokens)
+        return self._recurrent(self.model.init_state(batch))
+
+    def _recurrent(self, state: RetNetState) -> "Decoder":
+        return RunnerDecoder(self.model, state) if self.runs else Decoder(self.model, state)
+
+
+class Decoder:
+    """The model's own calls, a token at a time."""
+
+    def __init__(self, model: LanguageModel, state: RetNetState):
+        self.model, self.state = model, state
+
+    @property
+    def state_bytes(self) -> int:
+        """In use: what a cache has room for beyond its tokens does not count."""
+        config, batch = self.model.config, self.state.batch_size
+        assert isinstance(config, RetNetConfig)
+        return batch * state_bytes(config, dtype=self.model.dtype)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        hidden, state = self.model.hidden(tokens[:, None], self.state)
+        assert state is not None
+        self.state = state
+        return self.model.head(hidden[:, -1])
+
+    def skip(self, count: int) -> bool:
+        return False
+
+    def fork(self) -> Self:
+        return type(self)(self.model, self.state.clone())
+
+
+class RunnerDecoder(Decoder):
+    """As `retentive generate` decodes: the state is updated where it lies."""
+
+    def __init__(self, model: LanguageModel, state: RetNetState):
+        super().__init__(model, state)
+        self._runner = runner(model, state)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self._runner.step(tokens)
+
+    def fork(self) -> Self:
+        return type(self)(self.model, self._runner.state)
+
+
+class CacheDecoder(Decoder):
+    """A Transformer's; its caches can be filled instead of decoded."""
+
+    model: Transformer
+
+    @classmethod
+    def empty(cls, model: Transformer, batch: int, room: int) -> Self:
+        """The room is not touched before it is used: the process holds what the text needs."""
+        config = model.config
+        shape = (batch, config.kv_heads, room, config.head_dim)
+        like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+        caches = [
+            KVCache.of((torch.empty(shape, **like), torch.empty(shape, **like)), (0,) * batch)
+            for _ in model.layers
+        ]
+        return cls(model, RetNetState(model.init_state(batch).positions, caches))
+
+    @property
+    def state_bytes(self) -> int:
+        held = int(self.state.positions[0]), self.model.dtype
+        return self.state.batch_size * state_bytes(self.model.config, held[0], dtype=held[1])
+
+    @torch.inference_mode()
+    def skip(self, count: int) -> bool:
+        """Random keys and values cost what those of a text cost."""
+        caches = []
+        for cache in self.state.layers:
+            end = cache.lengths[0] + count
+            for buffer in cache.buffers.kv:
+                buffer[:, :, cache.lengths[0] : end].normal_()
+            caches.append(KVCache.of(cache.buffers.kv, (end,) * len(cache.lengths)))
+        self.state = RetNetState(self.state.positions + count, caches)
+        return True
+
+
+def model_of(case: Case) -> LanguageModel:
+    """The model of `case["folder"]`, or one with random weights of `case["config"]`."""
+    device, dtype = case["device"], "float32" if case["task"] == "train" else case["dtype"]
+    if "folder" in case:
+        return load(case["folder"], device=device, dtype=dtype)
+    config = config_from_dict(case["config"])
+    with torch.device(device):
+        model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
+        return model.to(resolve_dtype(dtype)).eval()
+
+
+def read_bytes(model: LanguageModel) -> int:
+    """Of the weights that every token reads: the embedding table only where it is the head."""
+    table = 0 if model.lm_head is None else model.embed_tokens.weight.nbytes
+    weights = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
+    return sum(weights.values()) - table
+
+
+def prepare(case: Case, tell: Tell) -> tuple[Answer, Run]:
+    if case["task"] == "op":
+        return prepare_op(case)
+    ours = Ours(case)
+    if case["task"] == "along":
+        decoder = ours.fresh_decoder(case["batch"], case["marks"][-1] + TIMED)
+        facts, run = prepare_along(decoder, case, tell)
+        return {**ours.facts, "dtype": case["dtype"], **facts}, run
+    return tasks.prepare(ours, case)
+
+
+if __name__ == "__main__":
+    serve(lambda: None, prepare)

@@ -1,0 +1,119 @@
+"""A contender's side of the pipe: JSON requests a line on stdin, answers a line on stdout.
+
+    {"prepare": case}    builds what the case needs and runs it once; answers its facts
+    {"run": arguments}   answers {"seconds": [...]} of one or more timed runs
+    {"memory": true}     answers bytes: at the process's start, at its peak, resident now
+
+An answer may be {"error": reason}; a long preparation says {"progress": n} in between.
+"""
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Case = dict[str, Any]
+Answer = dict[str, Any]
+Run = Callable[..., Answer]
+Tell = Callable[[Answer], None]
+Prepare = Callable[[Case, Tell], tuple[Answer, Run]]
+
+
+def serve(load: Callable[[], object], prepare: Prepare) -> None:
+    """Answers until stdin ends. `load` imports what the process's start shall hold."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark's own process answers to it
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+
+    def tell(answer: Answer) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    run: Run | None = None
+    start = 0
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if "prepare" in request:
+                case = request["prepare"]
+                run = None  # frees what was prepared before
+                torch.set_num_threads(case["threads"])
+                if not start:
+                    load()
+                    warm_libraries(training=case["task"] == "train")
+                    start = resident_bytes()
+                facts, run = prepare(case, tell)
+                tell(facts)
+            elif "run" in request:
+                assert run is not None
+                tell(run(**request["run"]))
+            else:
+                tell({"start": start, "peak": peak_bytes(), "resident": resident_bytes()})
+        except Exception as error:  # a failing contender is a row of the table
+            tell({"error": reason(error)})
+
+
+def warm_libraries(training: bool) -> None:
+    """torch loads some of itself at the first use: that is of nobody's model."""
+    layer = torch.nn.Linear(64, 64)
+    loss = layer(torch.ones(64, 64)).sum()
+    if training:
+        loss.backward()
+        torch.optim.AdamW(layer.parameters(), fused=True).step()
+
+
+def reason(error: Exception) -> str:
+    """One line; the many words for a lack of memory are one."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in lines[0]:
+        return f"out of memory: {lines[0]}"
+    if type(error).__name__ == "InputError":
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM; where the system does not say, its largest so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except FileNotFoundError:
+        return _largest()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    """The most memory in RAM so far; on a GPU what was allocated there instead."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text()
+    except FileNotFoundError:
+        return _largest()
+    kilobytes = next(x.split()[1] for x in status.splitlines() if x.startswith("VmHWM:"))
+    return int(kilobytes) * 1024
+
+
+def forget_peak() -> None:
+    """From here on the peak counts anew, where the system allows it; freed memory is given back."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _largest() -> int:
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024

@@ -1,0 +1,36 @@
+"""The equals of a model: as many parameters, whatever they are made of."""
+
+import pytest
+
+from retentive.bench.contenders import CONTENDERS, Entry
+from retentive.bench.estimates import needed_bytes
+from retentive.bench.models import BENCHMARK_SIZES, subject
+from retentive.models.counts import decode_bytes, parameters, state_bytes, weight_bytes
+
+
+@pytest.mark.parametrize("size", ["38m", "110m", "demo", "1.3b"])
+def test_all_contenders_have_as_many_parameters(size):
+    model = subject(size)
+    wanted = sum(parameters(model.config).values())
+    for contender in CONTENDERS:
+        if "decode" in contender.tasks:
+            count = sum(parameters(contender.equal(model)).values())
+            assert abs(count - wanted) < 0.01 * wanted, contender.name
+
+
+def test_sizes_are_what_they_are_called():
+    for size in BENCHMARK_SIZES:
+        count = sum(parameters(subject(size).config).values())
+        assert abs(count / 1e6 - int(size[:-1])) < 0.03 * int(size[:-1])
+
+
+def test_decoding_takes_what_its_bytes_say():
+    model = subject("38m")
+    entry = Entry(
+        next(c for c in CONTENDERS if c.name == "transformer" and "decode" in c.tasks), model
+    )
+    case = {"task": "decode", "dtype": "float32", "batch": 8, "context": 8192}
+    caches = 8 * 8 * 2 * 8192 * 512 * 4  # rows, layers, keys and values, tokens, width, bytes
+    assert needed_bytes(entry, case, {}) == weight_bytes(entry.config()) + caches
+    assert state_bytes(entry.config(), 8192) * 8 == caches
+    assert decode_bytes(entry.config(), 8, 8192) < needed_bytes(entry, case, {})

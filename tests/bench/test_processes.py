@@ -1,0 +1,61 @@
+"""A contender's process: what it answers, and what is told when it fails or dies."""
+
+import os
+import signal
+
+import pytest
+
+from retentive.bench.contenders import Entry, chosen
+from retentive.bench.models import Subject
+from retentive.bench.peers import Unavailable
+from retentive.bench.processes import Process
+from retentive.models.config import RetNetConfig
+
+OP = {"task": "op", "device": "cpu", "dtype": "float32", "threads": 1, "tokens": 64}
+OP |= {"heads": 1, "key_dim": 8, "value_dim": 8}
+SMALL = RetNetConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
+
+
+@pytest.fixture
+def process(monkeypatch):
+    made = Process("ours", 1)
+    yield made
+    made.close()
+
+
+def test_a_case_after_the_other(process):
+    (op,) = (Entry(c) for c in chosen("op", "retnet"))
+    assert process.prepare(op.case(OP))["chunk_size"] > 0
+    assert len(process.run()["seconds"]) == 1
+    memory = process.memory()
+    assert memory["peak"] >= memory["start"] > 10**7
+    with pytest.raises(Unavailable, match=r"unknown form 'chunk' .did you mean"):
+        process.prepare({**op.case(OP), "retention": "chunk"})
+    (model,) = (Entry(c, Subject("small", SMALL)) for c in chosen("decode", "retnet-unpacked"))
+    case = {"task": "decode", "device": "cpu", "dtype": "float32", "threads": 1}
+    facts = process.prepare(model.case({**case, "batch": 2, "context": 70}))
+    assert facts["form"] == "recurrent" and facts["parameters"] > 0
+    assert len(process.run(seconds=0)["seconds"]) == 3
+
+
+def test_one_that_is_killed_says_so(process):
+    process.memory()
+    os.kill(process._process.pid, signal.SIGKILL)
+    with pytest.raises(Unavailable, match="killed by signal 9, most likely for want of memory"):
+        process.run()
+
+
+def test_one_that_dies_outright_says_its_last_words():
+    process = Process("nobody", 1)
+    with pytest.raises(Unavailable, match=r"ended with code 1: .*nobody"):
+        process.memory()
+    process.close()
+
+
+def test_a_peer_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("retentive.bench.processes.installed_peers", lambda: tmp_path)
+    process = Process("peers", 1)
+    (peer,) = (Entry(c) for c in chosen("op", "yet-another-retnet"))
+    with pytest.raises(Unavailable, match="No module named 'yet_another_retnet'"):
+        process.prepare({**peer.case(OP), "chunk_size": 64})
+    process.close()
