@@ -175,9 +175,9 @@ class Report:
         out = console()
         out.print(table)
         out.print(
-            "Over all held-out text, means over the seeds ± their deviation. Rows begin with an empty "
-            "state, as in training.\nCarried state: nats a token where a RetNet reads on from row to "
-            "row."
+            "Over all held-out text, means over the seeds ± their deviation. Rows begin with an "
+            "empty state, as in training.\n"
+            "Carried state: nats a token where a RetNet reads on from row to row."
         )
         if any(summary.at_edge for summary in summaries):
             out.print("* at an end of the rates tried: beyond it --learning-rates may find better")

@@ -1,5 +1,6 @@
 """The quality benchmark: its runs and that they are equal, how it goes on, what it reports."""
 
+import contextlib
 import json
 import signal
 from dataclasses import replace
@@ -211,9 +212,15 @@ def test_finished_runs_are_not_repeated_and_more_can_be_asked_for(options, updat
     assert report(options)["variants"][0]["valid_loss"]["count"] == 3
 
 
-def test_a_stopped_benchmark_goes_on_to_the_same_result(
-    options, updates, tmp_path, monkeypatch, capsys
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+def test_what_is_cut_off_goes_on_to_the_same_result(
+    options, updates, tmp_path, monkeypatch, capsys, killed
 ):
+    """Killed, it goes on from its last checkpoint, which is of the step before."""
     quality.run(options)
     whole = report(options)
     updates.clear()
@@ -225,19 +232,22 @@ def test_a_stopped_benchmark_goes_on_to_the_same_result(
     def update_and_stop(self: Trainer) -> dict[str, float]:
         result = update(self)
         if len(updates) == 6:  # the second run's second step
+            if killed:
+                raise Killed
             signal.raise_signal(signal.SIGTERM)
         return result
 
     monkeypatch.setattr(Trainer, "update", update_and_stop)
-    quality.run(again)
+    with pytest.raises(Killed) if killed else contextlib.nullcontext():
+        quality.run(again)
     assert len(updates) == 6
-    assert "1 of 6 runs" in (said := capsys.readouterr().out)
-    assert "the same command goes on" in said
     assert len(report(again)["runs"]) == 1
+    said = capsys.readouterr().out
+    assert killed or ("1 of 6 runs" in said and "the same command goes on" in said)
     monkeypatch.setattr(Trainer, "update", update)
 
     quality.run(again)
-    assert len(updates) == 6 * 4
+    assert len(updates) == 6 * 4 + killed
     clock = {"seconds": None}
     assert [r | clock for r in report(again)["runs"]] == [r | clock for r in whole["runs"]]
     for job in options.plan().candidates():
