@@ -384,6 +384,8 @@ def test_a_folder_of_something_else_is_refused(options):
         (["--device", "cuda:99"], "cuda"),
         (["--dtype", "float16"], "choose bfloat16"),
         (["--sources", "no/such"], "no/such does not exist"),
+        (["--variants"], "--variants is empty; give at least one"),
+        (["--learning-rates", "--seeds", "1"], "--learning-rates is empty"),
     ],
 )
 def test_bad_options_are_refused(argv: list[str], words: str, tmp_path: Path):
@@ -391,8 +393,3 @@ def test_bad_options_are_refused(argv: list[str], words: str, tmp_path: Path):
     with pytest.raises(InputError, match=words):
         main(["quality", *argv, "--out", str(out)])
     assert not out.exists()
-
-
-def test_an_empty_list_is_refused():
-    with pytest.raises(InputError, match="--learning-rates is empty"):
-        QualityBenchmark(learning_rates=())
