@@ -16,8 +16,15 @@ COMMANDS = {  # name: (module with main(argv) -> exit code or None, help)
     "demo": ("retentive.demo.command", "train a small model on Python's own sources, then use it"),
     "train": ("retentive.train.command", "train a model from a TOML configuration, or go on"),
     "generate": ("retentive.inference.command", "continue prompts with a trained model"),
+    "quantize": (
+        "retentive.compress.quantize_command",
+        "store a model's weights in 16, 8 or 4 bits",
+    ),
     "info": ("retentive.info", "parameters, half-lives, state and FLOPs of a model or a size"),
-    "export": ("retentive.compress.export_command", "write a model for onnxruntime or torch.export"),
+    "export": (
+        "retentive.compress.export_command",
+        "write a model for onnxruntime or torch.export",
+    ),
     "bench": ("retentive.bench.command", "measure speed and memory beside other implementations"),
 }
 

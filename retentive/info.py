@@ -12,7 +12,7 @@ from rich.table import Table
 
 from retentive.arguments import parse
 from retentive.errors import InputError
-from retentive.models.checkpoint import load_config
+from retentive.models.checkpoint import empty_model, load_config
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.counts import flops_per_token, parameters, state_bytes, weight_bytes
 from retentive.ops.decay import half_life, log_decay
@@ -74,10 +74,12 @@ def describe(config: Config) -> str:
         heads = f"K {config.qk_head_dim} and V {config.value_head_dim}"
     else:
         heads = f"{config.head_dim}, {config.kv_heads} of keys and values"
+    scheme = config.quantization
+    bits = "" if scheme is None else f", weights of {scheme.bits} bits"
     return (
         f"{_kind(config)}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.num_heads} heads of {heads}, FFN {config.intermediate_size}, "
-        f"vocabulary {config.vocab_size}"
+        f"vocabulary {config.vocab_size}{bits}"
     )
 
 
@@ -92,7 +94,14 @@ def parameter_table(config: Config) -> Table:
     table.add_row("all", f"{total:,}")
     for dtype in (torch.float32, torch.bfloat16):
         table.add_row(f"in {dtype}".replace("torch.", ""), size(weight_bytes(config, dtype)))
+    if config.quantization is not None:
+        table.add_row(f"as stored, {config.quantization.bits} bits", size(stored_bytes(config)))
     return table
+
+
+def stored_bytes(config: Config) -> int:
+    """Of all tensors of a model folder."""
+    return sum(tensor.nbytes for tensor in empty_model(config).state_dict().values())
 
 
 def heads(config: RetNetConfig) -> Table:

@@ -4,14 +4,14 @@ Every weight is rounded for itself; no text is needed. Shapes: W `[N out, K in]`
 """
 
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retentive.errors import InputError
-from retentive.models.config import Quantization
+from retentive.errors import InputError, nearest
+from retentive.models.checkpoint import empty_model
+from retentive.models.config import ModelConfig, Quantization
 from retentive.models.files import fingerprint
 from retentive.models.language_model import LanguageModel
 from retentive.models.quantized import QuantizedLinear, pack_nibbles
@@ -20,22 +20,33 @@ SCHEMES = {"bf16": 16, "int8": 8, "int4": 4}
 
 _AT_ONCE = 2**22  # weights whose 4-bit numbers are sought at once: some twenty times these bytes
 
-Model = TypeVar("Model", bound=LanguageModel)
+
+def scheme_bits(name: str) -> int:
+    """Of "bf16", "int8", "int4"; InputError for another name."""
+    if name not in SCHEMES:
+        near = nearest(name, SCHEMES)
+        raise InputError(f"unknown format {name!r}{near}; choose {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def check_source(config: ModelConfig) -> None:
+    """InputError for what is quantised already: its lost digits cannot be had back."""
+    if (scheme := config.quantization) is not None:
+        raise InputError(
+            f"the model's weights have {scheme.bits} bits already;"
+            " quantise the model that it was made from"
+        )
 
 
 @torch.no_grad()
-def quantize(model: Model, bits: int, group_size: int = 32) -> Model:
+def quantize(model: LanguageModel, bits: int, group_size: int = 32) -> LanguageModel:
     """A copy of `model` whose linear layers, embedding and head have 16, 8 or 4 bits a weight.
 
     With 4 bits embedding and head have 8. Raises InputError for a model that is quantised already.
     """
-    if (has := model.config.quantization) is not None:
-        raise InputError(
-            f"the model's weights have {has.bits} bits already; quantise the model it was made from"
-        )
+    check_source(model.config)
     scheme = Quantization(bits, source=fingerprint(model), group_size=group_size)
-    with torch.device("meta"):
-        made = type(model)(replace(model.config, quantization=scheme))
+    made = empty_model(replace(model.config, quantization=scheme))
     given = dict(model.named_parameters())
     tensors = {}
     for name, layer in made.named_modules():

@@ -7,7 +7,7 @@ import torch
 
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
-from retentive.models.config import RetNetConfig, TransformerConfig, config_from_dict
+from retentive.models.config import ModelConfig, RetNetConfig, TransformerConfig, config_from_dict
 from retentive.models.files import fingerprint, read_tensors, write_tensors, write_text
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
@@ -38,8 +38,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> 
     """The model of a folder, in eval mode. InputError where a file is missing or does not fit."""
     where, kind = resolve_device(device), resolve_dtype(dtype)
     config = load_config(folder)
-    with torch.device("meta"):
-        model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
+    model = empty_model(config)
     path = Path(folder) / WEIGHTS
     tensors, _ = read_tensors(path, "model file", where)
     _check_fit(path, model, tensors)
@@ -48,6 +47,15 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> 
         tensors[name] = tensors[name].to(kind)
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(config.quantization is None).to(where).eval()
+
+
+def empty_model(config: ModelConfig) -> LanguageModel:
+    """On the meta device: shapes, and no values."""
+    with torch.device("meta"):
+        if isinstance(config, RetNetConfig):
+            return RetNet(config)
+        assert isinstance(config, TransformerConfig)
+        return Transformer(config)
 
 
 def load_config(folder: str | Path) -> RetNetConfig | TransformerConfig:

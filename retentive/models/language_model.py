@@ -36,6 +36,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.rotation = rotation
+        self.embed_tokens: nn.Embedding | QuantizedEmbedding
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = dropout(config)
         self.layers = nn.ModuleList(blocks)

@@ -139,8 +139,8 @@ def use_quantized_layers(model: "LanguageModel", quantization: Quantization) -> 
                 scheme = outer if child is model.lm_head else quantization
                 linear = QuantizedLinear(child.in_features, child.out_features, scheme)
                 setattr(module, name, linear)
-    table = model.embed_tokens
-    model.embed_tokens = QuantizedEmbedding(table.num_embeddings, table.embedding_dim, outer)
+    width, words = model.config.hidden_size, model.config.vocab_size
+    model.embed_tokens = QuantizedEmbedding(words, width, outer)
 
 
 def empty_tensors(
@@ -191,7 +191,7 @@ class Bfloat16Kernel:
 class Int8Kernel:
     """torch's for 8-bit weights at few rows, a dense product at many."""
 
-    MANY_ROWS = 32
+    MANY_ROWS = 24
 
     def __init__(self, layer: QuantizedLinear):
         assert layer.scales is not None
@@ -202,7 +202,7 @@ class Int8Kernel:
     def __call__(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, self.padding))
         if len(x) < self.MANY_ROWS:
-            return torch._weight_int8pack_mm(x, self.qweight, self.scales)
+            return torch.ops.aten._weight_int8pack_mm(x, self.qweight, self.scales)
         return _dense(x, self.qweight).float().mul_(self.scales)
 
 
@@ -213,7 +213,7 @@ class Int4Kernel:
     here, or it is not read: then the kernel serves many rows, too.
     """
 
-    MANY_ROWS = 128
+    MANY_ROWS = 96
 
     def __init__(self, layer: QuantizedLinear):
         assert layer.scales is not None and layer.zeros is not None
@@ -223,14 +223,16 @@ class Int4Kernel:
         self.padding = codes.shape[1] - layer.in_features
         affine = torch.stack((layer.scales, layer.zeros), -1)
         self.affine = F.pad(affine, (0, 0, 0, 0, 0, more)).transpose(0, 1).contiguous()  # [K/G,N,2]
-        self.packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         columns = codes.T
         self.tile = next((n for n in (64, 32) if torch.equal(self._codes(n), columns)), None)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, self.padding))
         if self.tile is None or len(x) < self.MANY_ROWS:
-            y = torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.affine)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x, self.packed, self.group_size, self.affine
+            )
         else:
             y = _dense(x, self._unpacked(self.tile).T)
         return y[:, : self.outputs]
@@ -245,9 +247,9 @@ class Int4Kernel:
 
     def _unpacked(self, tile: int) -> Tensor:
         """The weight, bfloat16 `[K,N]`."""
-        codes = self._codes(tile).bfloat16().sub_(8).unflatten(0, (-1, self.group_size))
-        scales, zeros = self.affine.unsqueeze(1).unbind(-1)
-        return torch.addcmul(zeros, codes, scales).flatten(0, 1)
+        codes = self._codes(tile).view(torch.int8).sub_(8).bfloat16()
+        scales, zeros = (x.contiguous() for x in self.affine.unsqueeze(1).unbind(-1))
+        return torch.addcmul(zeros, codes.unflatten(0, (-1, self.group_size)), scales).flatten(0, 1)
 
 
 def _dense(x: Tensor, weight: Tensor) -> Tensor:

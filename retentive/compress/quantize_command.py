@@ -1,0 +1,48 @@
+"""`retentive quantize`: a model folder with weights of 16, 8 or 4 bits, for every command."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from retentive.arguments import parse
+from retentive.compress.folders import check_new, new_folder
+from retentive.compress.quantize import check_source, quantize, scheme_bits
+from retentive.data.tokenizer import FILE
+from retentive.models.checkpoint import WEIGHTS, load, load_config, save_model
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[Path]
+    """A model folder, or the folder of a training run."""
+    out: tyro.conf.Positional[Path | None] = None
+    """The folder to write; MODEL-TO beside the model unless given."""
+    to: str = "int8"
+    """bf16, int8 or int4."""
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(
+        Options,
+        argv,
+        "retentive quantize",
+        "Writes a model with smaller weights: less to store, and less to read for every token.",
+    )
+    bits = scheme_bits(options.to)
+    source = options.model.expanduser()
+    beside = source.with_name(f"{source.resolve().name}-{options.to}")
+    out = beside if options.out is None else options.out.expanduser()
+    check_new(out)
+    check_source(load_config(source))  # before the weights are read
+    made = quantize(load(source), bits)
+    with new_folder(out) as folder:
+        save_model(made, folder)
+        if has_tokenizer := (source / FILE).is_file():
+            shutil.copyfile(source / FILE, folder / FILE)
+    if not has_tokenizer:
+        print(f"{source} holds no {FILE}: none is in {out}")
+    before, after = ((folder / WEIGHTS).stat().st_size / 1e6 for folder in (source, out))
+    print(f"wrote {out}: {after:.1f} MB of weights, {after / before:.1%} of {source}'s")
