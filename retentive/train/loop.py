@@ -14,6 +14,7 @@ from retentive.data.tokenizer import save_tokenizer
 from retentive.devices import resolve_device
 from retentive.errors import InputError
 from retentive.inference.generate import generate
+from retentive.models.config import config_from_dict
 from retentive.models.counts import flops_per_token
 from retentive.models.files import write_text
 from retentive.train.checkpoints import OtherRun, RunFolder
@@ -249,7 +250,8 @@ def _check_not_past(folder: Path, step: int, steps: int) -> None:
 
 def _check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """InputError that names what a resumed run would change of its model, corpus or order."""
-    changed = _differences("model", before["model"], now["model"])
+    model = config_from_dict(before["model"]).to_dict()  # with the fields that came since
+    changed = _differences("model", model, now["model"])
     if before["corpus"] != now["corpus"]:
         data = [{**run["config"]["data"], "cache": None} for run in (before, now)]
         changed += _differences("data", *data) or ["the text behind data.sources has changed"]

@@ -286,6 +286,18 @@ def test_a_resume_with_something_else_is_refused(
     assert before.keys() == weights(tmp_path / "run").keys()
 
 
+def test_a_run_from_before_a_field_came_goes_on(tiny: Tiny, tmp_path: Path):
+    """As those of an older version, whose models had what is the default now."""
+    train(tiny(train={"steps": 2}), tmp_path / "run", quiet=True)
+    checkpoint = RunFolder(tmp_path / "run").newest()
+    assert checkpoint is not None
+    for name in ("run.json", "config.json"):
+        record = json.loads((checkpoint / name).read_text())
+        del record.get("model", record)["gate"]
+        (checkpoint / name).write_text(json.dumps(record))
+    assert train(tiny(train={"steps": 3}), tmp_path / "run", resume=True, quiet=True).finished
+
+
 @pytest.fixture
 def copied_texts(texts: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(texts, tmp_path / "texts"))
