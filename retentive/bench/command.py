@@ -11,6 +11,7 @@ BENCHMARKS = {  # name: (module with run(options), its options, help)
     "prefill": ("prefill", "PrefillBenchmark", "reading a prompt"),
     "decode": ("decode", "DecodeBenchmark", "time and memory of a token, over context and batch"),
     "quality": ("quality", "QualityBenchmark", "what each part of a RetNet is worth in loss"),
+    "paper": ("paper", "PaperBenchmark", "the paper's Table 4 and Figure 6, within a budget"),
 }
 
 

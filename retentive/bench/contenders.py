@@ -133,6 +133,15 @@ CONTENDERS = [
     ),
     Contender("transformer", "ours", "MHA, SDPA", (*_MODEL, "along"), equal=transformer(1)),
     Contender("transformer-gqa", "ours", "GQA, SDPA", _MODEL, equal=transformer(_SHARED)),
+    Contender(
+        "transformer-math",
+        "ours",
+        "MHA, scores in memory",
+        ("train",),
+        {"math": True},
+        equal=transformer(1),
+        quadratic=True,
+    ),
     *(
         Contender(
             name,

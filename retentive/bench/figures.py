@@ -17,12 +17,18 @@ _COLORS = {
     "attention": "#d9690f",
     "transformer": "#d9690f",
     "transformer-gqa": "#f0a35e",
+    "transformer-math": "#7a5a3a",
     "llama": "#a3260f",
     "llama-gqa": "#e07a6a",
     "yet-another-retnet": "#1b7a43",
     "yet-another-retnet-readme": "#7cc49a",
     "torchscale": "#7a9a1b",
     "flash-linear-attention": "#5d3fa0",
+}
+_AXES = {
+    "tokens": "tokens of a sequence",
+    "context": "tokens read before",
+    "batch": "batch, sequences",
 }
 _MARKERS = "osD^vP*X<>hp"
 
@@ -50,7 +56,7 @@ def decode(result: Result, stem: Path | None) -> None:
     """Memory, throughput and latency over the context, and over the batch; time along a text."""
     if stem is None:
         return
-    rows = [row for row in result.rows if row.error is None]
+    rows = [row for row in result.rows if row.error is None and "context" in row.case]
     for over, fixed in (("context", "batch"), ("batch", "context")):
         for value in sorted({row.case[fixed] for row in rows}, key=int):
             these = [row for row in rows if row.case[fixed] == value]
@@ -63,7 +69,7 @@ def decode(result: Result, stem: Path | None) -> None:
 
 def by_length(result: Result, stem: Path | None, title: str) -> None:
     """Throughput and memory over the tokens of a sequence."""
-    rows = [row for row in result.rows if row.error is None]
+    rows = [row for row in result.rows if row.error is None and "tokens" in row.case]
     if stem is not None and rows:
         what = [panel for panel in PANELS if panel[0] != "latency"]
         panels(rows, "tokens", title, stem, what)
@@ -96,7 +102,7 @@ def panels(
                 label=name,
             )
         axes.set_title(heading, loc="left", size=10)
-        axes.set(xlabel=f"{over}{'' if over == 'batch' else ', tokens'}", ylabel=unit)
+        axes.set(xlabel=_AXES[over], ylabel=unit)
         _by_doublings(axes, sorted({int(row.case[over]) for row in rows}))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
@@ -124,10 +130,14 @@ def along_text(along: dict[str, Any], stem: Path) -> None:
 
 
 def _by_doublings(axes: Any, ticks: Sequence[int]) -> None:
+    """At least a decade high, so that small differences look small."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
+    low, high = axes.get_ylim()
+    spare = max(1.0, (10 * low / high) ** 0.5)
+    axes.set_ylim(low / spare, high * spare)
     axes.yaxis.set_major_locator(_decades())
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:.2g}")
     axes.spines[["top", "right"]].set_visible(False)

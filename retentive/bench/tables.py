@@ -11,6 +11,7 @@ from retentive.bench.results import Result, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from retentive.bench.options import Common
 
@@ -21,29 +22,38 @@ def console() -> "Console":
     return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
-def show(result: Result, title: str, *, of: str) -> None:
-    """A row for each case and contender; ratios of times within a case, the first being ours."""
+def show(result: Result, title: str, *, of: str, rows: Sequence[Row] | None = None) -> None:
+    """A row for each case and contender, of all `rows` or of these; what they have in common below.
+
+    Times are over that of the first contender of a case, which is ours.
+    """
+    out = console()
+    out.print(_table(result, title, of, result.rows if rows is None else rows))
+    out.print(conditions(result))
+    for line in _who(result.rows):
+        out.print(f"  {line}")
+
+
+def _table(result: Result, title: str, of: str, rows: Sequence[Row]) -> "Table":
     from rich.table import Table
 
-    decoding = result.benchmark == "decode"
+    decoding = of != "GEMM rate"
     table = Table(title=f"{title}, {result.options['dtype']}", title_justify="left")
-    sizes = list(result.rows[0].case) if result.rows else []
+    sizes = list(rows[0].case) if rows else []
     columns = [*sizes, "contender", "tokens/s", *(["ms"] if decoding else [])]
     for name in (*columns, "spread", f"of {of}", "memory", "time"):
         left = name == "contender"
         table.add_column(name, justify="left" if left else "right", no_wrap=not left)
-    for _, group in groupby(result.rows, key=lambda row: list(row.case.values())):
-        rows = list(group)
-        for number, row in enumerate(rows):
+    for _, group in groupby(rows, key=lambda row: list(row.case.values())):
+        beside = list(group)
+        for number, row in enumerate(beside):
             case = [f"{v:,}" if isinstance(v, int) else v for v in row.case.values()]
             cells = case if number == 0 else [""] * len(case)
-            table.add_row(*cells, *_cells(row, rows, decoding), style="dim" if row.error else None)
+            table.add_row(
+                *cells, *_cells(row, beside, decoding), style="dim" if row.error else None
+            )
         table.add_section()
-    out = console()
-    out.print(table)
-    out.print(conditions(result))
-    for line in _who(result.rows):
-        out.print(f"  {line}")
+    return table
 
 
 def _cells(row: Row, rows: Sequence[Row], decoding: bool) -> list[str]:

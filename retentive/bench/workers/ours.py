@@ -1,10 +1,12 @@
 """Our models and our op, in a process of their own."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retentive import __version__
 from retentive.bench.workers import tasks
@@ -32,7 +34,7 @@ class Ours:
 
     def __init__(self, case: Case):
         self.model = model_of(case)
-        self.runs = case.get("packed", False)
+        self.runs, self._math = case.get("packed", False), case.get("math", False)
         config = config_from_dict(case["config"])
         if isinstance(self.model, RetNet):
             self.model.use(form=case["retention"], backend=case["backend"])
@@ -52,7 +54,8 @@ class Ours:
         """As a training run has it: the rows packed, no state, the logits never whole."""
         rows, length = tokens.shape
         layout = self.model.packed_layout(torch.arange(0, rows * length + 1, length))
-        hidden, _ = self.model.hidden(tokens.view(1, -1), layout=layout)
+        with sdpa_kernel(SDPBackend.MATH) if self._math else nullcontext():
+            hidden, _ = self.model.hidden(tokens.view(1, -1), layout=layout)
         return self.model.loss(hidden, targets.view(1, -1))
 
     def read(self, tokens: Tensor) -> Tensor:

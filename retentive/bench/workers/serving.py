@@ -61,7 +61,11 @@ def serve(load: Callable[[], object], prepare: Prepare) -> None:
 
 
 def warm_libraries(training: bool) -> None:
-    """torch loads some of itself at the first use: that is of nobody's model."""
+    """torch loads parts of itself at the first custom operator or optimizer, 70 MB that are of
+    nobody's model; transformers makes it do so at once.
+    """
+    import torch._dynamo
+
     layer = torch.nn.Linear(64, 64)
     loss = layer(torch.ones(64, 64)).sum()
     if training:

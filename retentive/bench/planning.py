@@ -1,0 +1,78 @@
+"""Which cells fit into a budget of seconds, from estimates that improve with what is measured."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
+CAUTION = 1.5  # on an estimate of a kind of cell of which none was measured yet
+MARGIN = 1.15  # on one that was
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One case of a benchmark with all its contenders, and about how many seconds it takes."""
+
+    kind: str
+    sizes: dict[str, int]
+    seconds: float
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {value:,}" for name, value in self.sizes.items())
+        return f"{self.kind} {sizes}"
+
+
+@dataclass
+class Budget:
+    """Seconds to spend, None for as many as it takes; some are kept for tables and figures."""
+
+    seconds: float | None
+    kept: float = 8.0
+    clock: Callable[[], float] = time.monotonic
+    _began: float = field(init=False)
+    _slower: dict[str, float] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._began = self.clock()
+
+    def estimate(self, cell: Cell) -> float:
+        """As much slower than it was guessed as the slowest of its kind has been."""
+        if cell.kind not in self._slower:
+            return CAUTION * cell.seconds
+        return MARGIN * self._slower[cell.kind] * cell.seconds
+
+    def fits(self, cell: Cell) -> bool:
+        if self.seconds is None:
+            return True
+        spent = self.clock() - self._began
+        return spent + self.estimate(cell) + self.kept <= self.seconds
+
+    def taken(self, cells: Iterable[Cell], left_out: list[tuple[Cell, float]]) -> Iterator[Cell]:
+        """The cells that fit, in their order; what it takes to measure each is learnt from.
+
+        Those that do not fit go to `left_out` with their estimates; smaller ones may still fit.
+        """
+        for cell in cells:
+            if not self.fits(cell):
+                left_out.append((cell, self.estimate(cell)))
+                continue
+            began = self.clock()
+            yield cell
+            ratio = (self.clock() - began) / cell.seconds
+            self._slower[cell.kind] = max(ratio, self._slower.get(cell.kind, 0.0))
+
+
+def extremes_first(values: Sequence[T]) -> list[T]:
+    """The last, the first, then from the ends inwards: a line shows early, its middle later."""
+    order, rest = [], list(values)
+    while rest:
+        order.append(rest.pop(-1 if len(order) % 2 == 0 else 0))
+    return order
+
+
+def in_turn(*lists: Sequence[T]) -> list[T]:
+    """The first of each list, the second of each, and so on; none twice."""
+    longest = max(map(len, lists))
+    mixed = [x[at] for at in range(longest) for x in lists if at < len(x)]
+    return list({repr(item): item for item in mixed}.values())
