@@ -8,7 +8,6 @@
 A run that has its outcome is never repeated; one that was killed goes on from its checkpoint.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -105,7 +104,7 @@ def run(options: QualityBenchmark) -> None:
     }
     check_settings(folder, settings)
     corpus = prepare(plan.data(), progress=lambda line: print(line, file=sys.stderr))
-    settings |= {"recipe": _digest(asdict(plan.recipe)), "corpus": corpus.hash}
+    settings |= {"recipe": plan.recipe.digest(), "corpus": corpus.hash}
     check_settings(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
@@ -224,10 +223,6 @@ class Runs:
     def _flops_per_token(self, job: Job) -> float:
         config = self.plan.config(job).model.build(self.corpus.vocab_size)
         return 3 * flops_per_token(config, (self.plan.recipe.seq_len + 1) / 2)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def _check_words(what: str, given: tuple[str, ...], known: dict[str, Any]) -> None:

@@ -4,9 +4,11 @@ All variants of a size have equally many parameters and see the same tokens; run
 see them in the same order.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -29,6 +31,11 @@ class Recipe:
     warmup: float = 0.1
     """Of the steps."""
     clip: float = 1.0
+
+    def digest(self) -> str:
+        """Of all but the defaults that an option replaces: what two runs must have in common."""
+        facts = asdict(replace(self, tokens=0, learning_rates=()))
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
 # The decays of the paper's language models (§3.1). The row scale is its second normalization of the
