@@ -8,7 +8,7 @@ dims.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "export.json"
 PIECE = 256
 """Tokens that a prefill reads at once: its retention is parallel, work and memory are as T²."""
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # for every 8 layers: rounding adds up
 GRAPHS = {  # name: form and backend of its retention, such that all of it is plain operations
     "step": ("recurrent", "torch"),
     "prefill": ("parallel", "reference"),
@@ -51,6 +51,11 @@ class Errors(NamedTuple):
 
     logits: float
     state: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.logits <= self.allowed and self.state <= self.allowed  # NaN is not
 
 
 def check_format(name: str) -> Format:
@@ -83,7 +88,7 @@ def export(
 
     The graphs are read back and compared with the model before the folder gets its name.
     Returns by how much they differ. Raises InputError, and writes nothing, where `out` exists, the
-    model is no RetNet in float32, or they differ by more than TOLERANCE.
+    model is no RetNet in float32, or they differ by more than rounding explains.
     """
     out, kind = Path(out), check_format(format)
     check_out(out)
@@ -97,11 +102,11 @@ def export(
             kind.write(trace(retnet, graph), folder / f"{graph}{kind.suffix}", names)
         about = describe(retnet, format, None if tokenizer is None else end_id(tokenizer))
         write_text(folder / DESCRIPTION, json.dumps(about, indent=2) + "\n")
-        errors = check(retnet, {graph: kind.open(folder, graph) for graph in GRAPHS})
-        if not max(errors) <= TOLERANCE:  # also where one is NaN
+        errors = check(retnet, lambda graph: kind.open(folder, graph))
+        if not errors.passed:
             raise InputError(
                 f"the graphs differ from the model by {errors.logits:.1e} in the logits and"
-                f" {errors.state:.1e} in the state, more than {TOLERANCE:.0e}: {out} is not"
+                f" {errors.state:.1e} in the state, more than {errors.allowed:.0e}: {out} is not"
                 " written; try other versions of torch and onnxruntime, or the other format"
             )
         folder.rename(out)
@@ -126,7 +131,7 @@ class Stateful(nn.Module):
         h, after = self.model.hidden(tokens, before)
         assert after is not None
         logits = self.model.head(h[:, -1])
-        return logits, after.positions, [layer.S for layer in after.layers]
+        return logits, after.positions, _S(after)
 
 
 class Stateless(nn.Module):
@@ -151,7 +156,7 @@ def trace(model: RetNet, graph: str) -> ExportedProgram:
     weights = dict(sorted(model.state_dict().items()))
     before = model.init_state(2)
     tokens = torch.zeros(2, 1 if graph == "step" else 3, dtype=torch.int64)
-    state = [layer.S for layer in before.layers]
+    state = _S(before)
     batch = Dim("batch")
     shapes = {
         "weights": dict.fromkeys(weights),
@@ -194,22 +199,54 @@ def describe(model: RetNet, format: str, end_token: int | None) -> dict[str, Any
     }
 
 
-def check(model: RetNet, runs: dict[str, Run], rows: int = 5) -> Errors:
+class Call(NamedTuple):
+    """A call of a graph, and what the model makes of it."""
+
+    graph: str
+    tokens: Tensor
+    before: RetNetState
+    logits: Tensor
+    after: RetNetState
+
+
+def check(model: RetNet, open_graph: Callable[[str], Run], rows: int = 3) -> Errors:
     """The graphs beside the model on random tokens: from the start, and around position 10^6."""
+    calls, errors = list(_calls(model, rows)), []
+    for graph in GRAPHS:
+        run = open_graph(graph)  # one after the other: each may hold a copy of the weights
+        for call in (call for call in calls if call.graph == graph):
+            logits, positions, layers = run(call.tokens, call.before.positions, _S(call.before))
+            same = torch.equal(positions, call.after.positions)
+            found = _distance(logits, call.logits), _distance(_cat(layers), _cat(_S(call.after)))
+            errors.append(found if same else (torch.inf, torch.inf))
+        del run
+    logits, state = torch.tensor(errors).amax(dim=0).tolist()  # NaN where any is
+    return Errors(logits, state, TOLERANCE * max(1.0, len(model.layers) / 8))
+
+
+def _calls(model: RetNet, rows: int) -> Iterator[Call]:
     generator = torch.Generator().manual_seed(0)
-    calls = (("prefill", 48, 0), ("step", 1, 0), ("prefill", 16, 10**6), ("step", 1, 0))
-    state, errors = model.init_state(rows), []
-    for graph, length, skipped in calls:
+    state = model.init_state(rows)
+    for graph, length, skipped in (
+        ("prefill", 48, 0),
+        ("step", 1, 0),
+        ("prefill", 16, 10**6),
+        ("step", 1, 0),
+    ):
         tokens = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
         before = RetNetState(state.positions + skipped, state.layers)
-        h, state = model.hidden(tokens, before)
-        assert state is not None
-        expected = model.head(h[:, -1]), torch.cat([layer.S for layer in state.layers], dim=1)
-        layers = [layer.S for layer in before.layers]
-        logits, positions, after = runs[graph](tokens, before.positions, layers)
-        found = [_distance(logits, expected[0]), _distance(torch.cat(after, dim=1), expected[1])]
-        errors.append(found if torch.equal(positions, state.positions) else [torch.inf] * 2)
-    return Errors(*torch.tensor(errors).amax(dim=0).tolist())  # NaN where any is
+        h, after = model.hidden(tokens, before)
+        assert after is not None
+        yield Call(graph, tokens, before, model.head(h[:, -1]), after)
+        state = after
+
+
+def _S(state: RetNetState) -> list[Tensor]:
+    return [layer.S for layer in state.layers]
+
+
+def _cat(layers: list[Tensor]) -> Tensor:
+    return torch.cat(layers, dim=1)
 
 
 def _distance(given: Tensor, expected: Tensor) -> float:
@@ -219,7 +256,7 @@ def _distance(given: Tensor, expected: Tensor) -> float:
 
 
 def _plain(model: LanguageModel) -> RetNet:
-    """The model, if the graphs can be traced from it."""
+    """Another model of the same weights: for inference, on the CPU, with the default forms."""
     if not isinstance(model, RetNet):
         raise InputError(
             f"this is a {type(model).__name__}, only a RetNet is exported:"
@@ -231,7 +268,11 @@ def _plain(model: LanguageModel) -> RetNet:
             f"the weights are {', '.join(sorted(kinds))}; give the model in float32,"
             " the one that a quantised model was made from"
         )
-    return model
+    with torch.device("meta"):
+        plain = RetNet(model.config)
+    weights = {name: weight.cpu() for name, weight in model.state_dict().items()}
+    plain.load_state_dict(weights, assign=True)
+    return plain.eval()
 
 
 @contextmanager

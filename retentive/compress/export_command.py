@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from retentive.arguments import parse
-from retentive.compress.export import TOLERANCE, check_format, check_out, export
+from retentive.compress.export import check_format, check_out, export
 from retentive.data.tokenizer import FILE, load_tokenizer
 from retentive.models.checkpoint import load
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     errors = export(model, out, options.format, tokenizer)
     print(
         f"checked against the model: relative error {errors.logits:.1e} in the logits,"
-        f" {errors.state:.1e} in the state (at most {TOLERANCE:.0e})"
+        f" {errors.state:.1e} in the state (at most {errors.allowed:.0e})"
     )
     if not has_tokenizer:
         print(f"{model_folder} holds no {FILE}: none is in {out}")

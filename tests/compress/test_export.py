@@ -51,7 +51,7 @@ def words() -> Tokenizer:
 
 
 def build(config: RetNetConfig) -> RetNet:
-    model = RetNet(config).eval()
+    model = RetNet(config)
     model.init_weights(seed=0)
     return model
 
@@ -261,9 +261,11 @@ def refusal(call) -> str:
     return message
 
 
-@pytest.mark.parametrize("found", [(1e-3, 0.0), (0.0, 1e-3), (float("nan"), 0.0)])
+@pytest.mark.parametrize(
+    "found", [(1e-3, 0.0), (0.0, 1e-3), (float("nan"), 0.0), (0.0, float("nan"))]
+)
 def test_a_graph_that_differs_is_not_handed_out(stub, tmp_path, found):
-    stub.setattr(exports, "check", lambda model, runs: exports.Errors(*found))
+    stub.setattr(exports, "check", lambda model, open_graph: exports.Errors(*found, TOLERANCE))
     (tmp_path / "mine").write_text("kept")
     said = refusal(lambda: export(build(CONFIGS["onnx"]), tmp_path / "out", "stub"))
     assert "differ from the model" in said and "not written" in said
@@ -292,8 +294,8 @@ def test_the_check_sees_what_is_wrong(spoil):
         return logits, positions, layers
 
     with torch.no_grad():
-        errors = check(model, {"prefill": run, "step": run})
-    assert all(error <= TOLERANCE for error in errors) == (spoil == "nothing")
+        errors = check(model, lambda graph: run)
+    assert errors.passed == (spoil == "nothing")
 
 
 def test_what_was_there_stays(stub, tmp_path):
@@ -310,6 +312,15 @@ def test_a_folder_that_cannot_be_written(stub, tmp_path):
     assert "there is no folder" in said
     stub.setattr(os, "access", lambda path, mode: False)
     assert "no permission" in refusal(lambda: export(model, tmp_path / "out", "stub"))
+
+
+def test_a_model_in_training_is_exported_for_inference_and_left_in_training(stub, tmp_path):
+    model = build(RetNetConfig(**SMALL, dropout=0.5)).train()
+    kinds = []
+    stub.setattr(exports, "check", lambda model, open_graph: exports.Errors(0.0, 0.0, TOLERANCE))
+    stub.setattr(exports, "trace", lambda model, graph: kinds.append(model.training))
+    export(model, tmp_path / "out", "stub")
+    assert kinds == [False, False] and model.training
 
 
 def test_models_that_are_not_exported(stub, tmp_path):
@@ -337,7 +348,7 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys, monkeypatch):
 
 def test_without_a_tokenizer(stub, tmp_path, capsys):
     save_model(build(CONFIGS["onnx"]), tmp_path / "model")
-    stub.setattr(exports, "check", lambda model, runs: exports.Errors(0.0, 0.0))
+    stub.setattr(exports, "check", lambda model, open_graph: exports.Errors(0.0, 0.0, TOLERANCE))
     assert main(["export", str(tmp_path / "model"), "--format", "stub"]) == 0
     assert "no tokenizer.json" in capsys.readouterr().out
     about = json.loads((tmp_path / "model-stub" / "export.json").read_text())
