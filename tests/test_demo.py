@@ -4,18 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
+from retentive.bench.decode import Measure
+from retentive.bench.peers import Unavailable
 from retentive.cli import main
 from retentive.demo import command
-from retentive.demo.decode import (
-    CONTENDERS,
-    Measure,
-    contender_model,
-    decode,
-    measure,
-    positions,
-)
 from retentive.errors import InputError
 from retentive.models.checkpoint import save_model
 from retentive.models.config import RetNetConfig, TransformerConfig
@@ -72,10 +65,10 @@ def test_from_training_to_pictures_and_again(config, tmp_path, capsys, monkeypat
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
         (folder / picture).unlink()
 
-    def in_this_process(name, folder, tokens, advance):
-        return list(decode(contender_model(name, folder), tokens))
+    def made_up(name, folder, tokens, device, reached):
+        return [Measure(at, 0.001, at, at) for at in command.positions(tokens)]
 
-    monkeypatch.setattr(command, "measure", in_this_process)  # starting others takes the longest
+    monkeypatch.setattr(command, "measure", made_up)  # starting others takes the longest
     weights = (folder / "model.safetensors").read_bytes()
     command.demonstrate(config, folder, tokens=256)
     assert "training is skipped" in capsys.readouterr().out
@@ -99,27 +92,37 @@ def test_an_interrupted_training_goes_on(config, tmp_path, capsys, monkeypatch):
     assert "has come to step 3" in capsys.readouterr().out
 
 
-def test_the_contenders_are_equal_and_measured_at_the_same_positions(tmp_path):
-    torch.manual_seed(0)
+def test_both_are_measured_at_the_same_positions(tmp_path):
     config = RetNetConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_heads=2)
     save_model(RetNet(config), tmp_path)
-    models = {name: contender_model(name, tmp_path) for name in CONTENDERS}
-    counts = [model.num_parameters() for model in models.values()]
-    assert abs(counts[0] - counts[1]) < 0.01 * counts[0]
-    measured = {name: list(decode(model, 200)) for name, model in models.items()}
-    for name, points in measured.items():
-        assert [at.position for at in points] == positions(200) == [64, 128, 192]
-        states = [state_bytes(models[name].config, at.position) for at in points]
-        assert [at.state for at in points] == states
+    for name, size in (("RetNet", config), ("Transformer", TransformerConfig.matching(config))):
+        reached = []
+        points = command.measure(name, tmp_path, 200, "cpu", reached.append)
+        assert [at.position for at in points] == command.positions(200) == [64, 128, 192]
+        assert reached == [64, 128, 192]
+        assert [at.state for at in points] == [state_bytes(size, at.position) for at in points]
         assert all(at.seconds > 0 and at.resident > 10**7 for at in points)
 
 
-def test_a_folder_without_a_retnet_is_one_line_from_the_other_process(tmp_path):
+def test_a_folder_without_a_retnet_is_one_line(tmp_path):
     config = TransformerConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_heads=1)
     save_model(Transformer(config), tmp_path)
     with pytest.raises(InputError, match="holds no RetNet") as caught:
-        measure("RetNet", tmp_path, 64, lambda at: None)
+        command.measure("RetNet", tmp_path, 64, "cpu", lambda at: None)
     assert "\n" not in str(caught.value)
+
+
+def test_a_process_that_dies_is_one_line(tmp_path, monkeypatch):
+    def dies(*_):
+        raise Unavailable("its process was killed by signal 9")
+
+    save_model(
+        RetNet(RetNetConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_heads=1)),
+        tmp_path,
+    )
+    monkeypatch.setattr(command, "walk", dies)
+    with pytest.raises(InputError, match=r"RetNet of the demo could not be .* signal 9$"):
+        command.measure("RetNet", tmp_path, 64, "cpu", lambda at: None)
 
 
 def test_a_folder_with_something_else_gets_the_demos_own_advice(config, tmp_path):
@@ -137,8 +140,8 @@ def test_a_folder_with_something_else_gets_the_demos_own_advice(config, tmp_path
 
 
 def test_the_table_shows_doublings():
-    points = [Measure(at, 0.001, 2**20, 2**28) for at in positions(16_000)]
-    table = command.decoding_table(dict.fromkeys(CONTENDERS, points))
+    points = [Measure(at, 0.001, 2**20, 2**28) for at in command.positions(16_000)]
+    table = command.decoding_table(dict.fromkeys(command.CONTENDERS, points))
     assert list(table.columns[0].cells) == ["500", "1,000", "2,000", "4,000", "8,000", "16,000"]
 
 

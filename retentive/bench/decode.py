@@ -20,6 +20,7 @@ from retentive.bench.limits import Limits
 from retentive.bench.measure import measure_case
 from retentive.bench.models import subject
 from retentive.bench.options import Common, check_positive
+from retentive.bench.peers import Unavailable
 from retentive.bench.processes import Process
 from retentive.bench.results import Result, Row
 from retentive.devices import resolve_dtype
@@ -118,13 +119,14 @@ def flatness(entry: Entry, options: DecodeBenchmark, limits: Limits) -> dict[str
         task = progress.add_task(f"decoding {options.tokens:,} tokens", total=options.tokens)
         process = Process(entry.contender.worker, options.threads)
         stack.callback(process.close)
-        measures = walk(
-            process,
-            entry,
-            {**options.case("along", limits), "batch": 1, "marks": marks, "keep_states": True},
-            lambda position: progress.update(task, completed=position),
-        )
-        samples = in_turn(len(marks), lambda at: process.run(at=at, times=BLOCK)["seconds"])
+        case = {**options.case("along", limits), "batch": 1, "marks": marks, "keep_states": True}
+        try:
+            measures = walk(
+                process, entry, case, lambda position: progress.update(task, completed=position)
+            )
+            samples = in_turn(len(marks), lambda at: process.run(at=at, times=BLOCK)["seconds"])
+        except Unavailable as reason:
+            return {"contender": entry.contender.name, "error": str(reason)}
     times = [median(map(median, blocks)) for blocks in samples]
     return {
         "contender": entry.contender.name,

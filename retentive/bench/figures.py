@@ -63,7 +63,7 @@ def decode(result: Result, stem: Path | None) -> None:
             if len({row.case[over] for row in these}) > 1:
                 title = f"Decoding, {fixed} {value:,}"
                 panels(these, over, title, Path(f"{stem}-{over}-{fixed}-{value}"), PANELS)
-    if "along" in result.more:
+    if "samples" in result.more.get("along", {}):
         along_text(result.more["along"], Path(f"{stem}-along"))
 
 

@@ -95,6 +95,9 @@ def show_along(along: dict[str, Any]) -> None:
     """What a token costs along one text."""
     from rich.table import Table
 
+    if "error" in along:
+        console().print(f"one text, token by token, not measured: {along['error']}")
+        return
     title = f"one text, token by token: {along['contender']}"
     table = Table(title=title, title_justify="left")
     for name in ("tokens read", "ms a token", "state", "resident"):

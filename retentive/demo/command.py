@@ -3,8 +3,8 @@
 import lzma
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from retentive.arguments import parse
+from retentive.bench.contenders import Entry, chosen
+from retentive.bench.decode import Measure, walk
+from retentive.bench.models import subject
+from retentive.bench.peers import Unavailable
+from retentive.bench.processes import Process
+from retentive.bench.workers.along import TIMED
 from retentive.data.dataset import Corpus, prepare
 from retentive.data.tokenizer import load_tokenizer
 from retentive.demo import figures
-from retentive.demo.decode import CONTENDERS, Measure, measure
+from retentive.devices import resolve_device
 from retentive.errors import InputError
 from retentive.inference.generate import generate
 from retentive.info import size
@@ -33,23 +39,27 @@ from retentive.train.metrics import read_metrics
 PROMPT = 'def read_lines(path, encoding="utf-8"):'
 TOKENS = 16_000  # decoded to show that a token's cost does not grow
 FORM_TOKENS = 4096  # read in each form
+CONTENDERS = {"RetNet": "retnet", "Transformer": "transformer"}  # as the benchmarks call them
 
 
 @dataclass(frozen=True)
 class Options:
     out: Path = Path("runs/demo")
     """The run folder: a model folder in the end, with the demo's pictures."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, mps or auto."""
 
 
 def main(argv: Sequence[str]) -> None:
     description = "Trains a small RetNet on Python's own sources, then shows what it can do."
     options = parse(Options, argv, "retentive demo", description)
     config = load_config(Path(__file__).with_name("demo.toml"))
+    config = replace(config, train=replace(config.train, device=options.device))
     demonstrate(config, options.out, TOKENS)
 
 
 def demonstrate(config: RunConfig, folder: Path, tokens: int) -> None:
-    console = Console(highlight=False)
+    console, device = Console(highlight=False), str(resolve_device(config.train.device))
     began = time.perf_counter()
     _part(console, "1. Training")
     result = trained(config, folder, console)
@@ -57,7 +67,7 @@ def demonstrate(config: RunConfig, folder: Path, tokens: int) -> None:
         console.print(f"stopped after step {result.step} of {result.steps}; run it again to go on")
         return
     corpus = prepare(config.data)  # found in its cache
-    model, tokenizer = load(folder), load_tokenizer(folder)
+    model, tokenizer = load(folder, device=device), load_tokenizer(folder)
     assert isinstance(model, RetNet)
     show_curve(result, corpus, console)
 
@@ -82,7 +92,7 @@ def demonstrate(config: RunConfig, folder: Path, tokens: int) -> None:
     show_forms(model, corpus, console)
 
     _part(console, f"4. Decoding {tokens:,} tokens")
-    show_decoding(folder, tokens, console)
+    show_decoding(folder, tokens, device, console)
     minutes = (time.perf_counter() - began) / 60
     _part(console, f"Done in {minutes:.1f} minutes")
     console.print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
@@ -154,6 +164,7 @@ def xz_bits_per_byte(corpus: Corpus) -> float:
 def show_forms(model: RetNet, corpus: Corpus, console: Console) -> None:
     """Logits of a held-out text in every form, against the parallel form."""
     tokens = torch.from_numpy(corpus.valid.tokens[:FORM_TOKENS].astype(np.int64))[None]
+    tokens = tokens.to(model.device)
     logits = {form: model.use(form=form)(tokens)[0] for form in FORMS}
     model.use(form="auto")
     reference = logits["parallel"]
@@ -167,14 +178,18 @@ def show_forms(model: RetNet, corpus: Corpus, console: Console) -> None:
     console.print(f"{tokens.shape[1]:,} held-out tokens, float32, the trained weights")
 
 
-def show_decoding(folder: Path, tokens: int, console: Console) -> None:
+def show_decoding(folder: Path, tokens: int, device: str, console: Console) -> None:
     """Time and memory of a token as the text grows, beside a Transformer of equal parameters."""
     measures: dict[str, list[Measure]] = {}
     with Progress(console=console, transient=True) as progress:
         for name in CONTENDERS:
             task = progress.add_task(name, total=tokens)
             measures[name] = measure(
-                name, folder, tokens, lambda at, task=task: progress.update(task, completed=at)
+                name,
+                folder,
+                tokens,
+                device,
+                lambda at, task=task: progress.update(task, completed=at),
             )
     figures.time_per_token(measures, folder / "time-per-token.png")
     figures.memory(measures, folder / "memory.png")
@@ -183,6 +198,32 @@ def show_decoding(folder: Path, tokens: int, console: Console) -> None:
         "RetNet decoded every token; the Transformer (as many parameters, KV cache, random weights)"
         " decodes behind a cache filled to each position. RAM is that of the whole process."
     )
+
+
+def measure(
+    name: str, folder: Path, tokens: int, device: str, reached: Callable[[int], None]
+) -> list[Measure]:
+    """A contender decoding one text in a process of its own; `reached` hears of the positions.
+
+    The Transformer has random weights, with which it is as fast.
+    """
+    (contender,) = chosen("along", CONTENDERS[name])
+    threads = torch.get_num_threads()
+    case = {"task": "along", "device": device, "dtype": "float32", "threads": threads}
+    case |= {"batch": 1, "marks": positions(tokens), "keep_states": False}
+    process = Process(contender.worker, threads)
+    try:
+        return walk(process, Entry(contender, subject(str(folder))), case, reached)
+    except Unavailable as reason:
+        raise InputError(f"the {name} of the demo could not be measured: {reason}") from None
+    finally:
+        process.close()
+
+
+def positions(tokens: int) -> list[int]:
+    """Where to measure: 32 steps to `tokens`, and the start."""
+    step = max(TIMED, tokens // 32)
+    return [TIMED, *range(max(step, 2 * TIMED), tokens + 1, step)]
 
 
 def decoding_table(measures: dict[str, list[Measure]]) -> Table:

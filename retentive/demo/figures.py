@@ -7,7 +7,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from retentive.demo.decode import Measure
+from retentive.bench.decode import Measure
 
 _COLORS = {"RetNet": "tab:blue", "Transformer": "tab:orange"}
 
