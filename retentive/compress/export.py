@@ -262,6 +262,10 @@ def _plain(model: LanguageModel) -> RetNet:
             f"this is a {type(model).__name__}, only a RetNet is exported:"
             " its state has one size whatever it has read"
         )
+    if model.packed_from is not None:
+        raise InputError(
+            "the model was packed for inference; export it before pack_, or load it anew"
+        )
     kinds = {str(weight.dtype).removeprefix("torch.") for weight in model.state_dict().values()}
     if kinds != {"float32"}:
         raise InputError(

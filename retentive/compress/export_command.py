@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     model = load(model_folder)
     has_tokenizer = (model_folder / FILE).is_file()
     tokenizer = load_tokenizer(model_folder) if has_tokenizer else None
+    print("tracing both graphs and checking them, up to a few minutes", flush=True)
     errors = export(model, out, options.format, tokenizer)
     print(
         f"checked against the model: relative error {errors.logits:.1e} in the logits,"

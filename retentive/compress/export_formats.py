@@ -3,6 +3,7 @@
 The weights are not in these files but in the `model.safetensors` beside them.
 """
 
+import io
 import json
 import logging
 import math
@@ -116,8 +117,10 @@ def _places(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _write_torch(program: ExportedProgram, path: Path, state: Sequence[str]) -> None:
+    held = io.BytesIO()  # torch reports a full disk as an error of its own kind
     with _quiet():
-        torch.export.save(program, path)
+        torch.export.save(program, held)
+    path.write_bytes(held.getbuffer())
 
 
 def _open_torch(folder: Path, graph: str) -> Run:

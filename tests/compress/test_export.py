@@ -231,10 +231,11 @@ def test_the_example_writes_what_generate_writes(exported):
     format, model, out = exported
     if format != "onnx":
         return
-    prompt = " ".join(f"w{1 + i % 60}" for i in range(PIECE + 5))  # two pieces
-    expected = retentive.generate(model, words(), prompt, max_new_tokens=30, temperature=0)
-    assert len(expected.split()) > 3
-    assert example(out, prompt, "--tokens", "30") == expected
+    for length in (3, PIECE + 5):  # one piece and two
+        prompt = " ".join(f"w{1 + i % 60}" for i in range(length))
+        expected = retentive.generate(model, words(), prompt, max_new_tokens=30, temperature=0)
+        assert len(expected.split()) > 3
+        assert example(out, prompt, "--tokens", "30") == expected
     assert example(out, prompt, "--tokens", "30", "--temperature", "5") != expected
 
 
@@ -328,6 +329,9 @@ def test_models_that_are_not_exported(stub, tmp_path):
     assert "only a RetNet" in refusal(lambda: export(transformer, tmp_path / "out", "stub"))
     half = build(CONFIGS["onnx"]).bfloat16()
     assert "bfloat16" in refusal(lambda: export(half, tmp_path / "out", "stub"))
+    packed = build(CONFIGS["onnx"])
+    packed.packed_from = "its fingerprint"
+    assert "packed" in refusal(lambda: export(packed, tmp_path / "out", "stub"))
 
 
 def test_the_command_refuses_in_one_line(tmp_path, capsys, monkeypatch):
