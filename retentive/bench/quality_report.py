@@ -242,7 +242,7 @@ def _draw_seeds(axes: "Axes", summaries: list[Summary]) -> None:
             axes.axvline(s.valid_loss.mean, color=_COLORS[s.name], alpha=0.4, linewidth=1)
     axes.set_yticks(range(len(summaries)), [s.label for s in summaries])
     axes.invert_yaxis()
-    axes.margins(x=0.15, y=0.08)
+    axes.margins(x=0.2, y=0.08)  # room for the numbers
     axes.set_xlabel("validation loss, nats a token (a dot a seed)")
     _plain(axes, "x")
 
