@@ -86,7 +86,9 @@ _MODEL = ("train", "prefill", "decode")
 _SHARED = 4  # query heads to a pair of keys and values, for GQA
 
 CONTENDERS = [
-    Contender("retnet", "ours", "chunkwise", ("train", "prefill"), _AUTO),
+    Contender("retnet", "ours", "chunkwise", ("train",), _AUTO),
+    Contender("retnet", "ours", "chunkwise, packed", ("prefill",), {**_AUTO, "packed": True}),
+    Contender("retnet-unpacked", "ours", "chunkwise", ("prefill",), _AUTO),
     Contender(
         "retnet", "ours", "recurrent, packed", ("decode", "along"), {**_AUTO, "packed": True}
     ),

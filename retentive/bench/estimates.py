@@ -26,7 +26,10 @@ def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
     if task in ("decode", "along"):
         context = case["context"] if task == "decode" else max(case["marks"])
         caches = case["batch"] * state_bytes(config, context, dtype=resolve_dtype(case["dtype"]))
-        return weight_bytes(config, resolve_dtype(case["dtype"])) + caches
+        weights = weight_bytes(config, resolve_dtype(case["dtype"]))
+        if config.quantization is not None:
+            weights = weights * config.quantization.bits // (8 * size)
+        return weights + caches
     tokens = case["tokens"] * case.get("batch", 1)
     scores = case.get("batch", 1) * config.num_heads * case["tokens"] ** 2 * size if parallel else 0
     whole_logits = 0 if contender.worker == "ours" else tokens * config.vocab_size * size

@@ -119,11 +119,15 @@ def along_text(along: dict[str, Any], stem: Path) -> None:
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     times = [1000 * seconds for seconds in along["seconds"]]
     resident = [at["resident"] / 2**20 for at in along["measures"]]
-    panel = zip(figure.subplots(1, 2), (times, resident), ("ms a token", "MiB"), strict=True)
-    for axes, values, unit in panel:
+    drawn = (("time", "ms a token", times), ("memory of the process", "MiB", resident))
+    for axes, (heading, unit, values) in zip(figure.subplots(1, 2), drawn, strict=True):
         axes.plot(positions, values, "o-", markersize=4, color=_COLORS["retnet"])
-        axes.set(xlabel="tokens read", ylabel=unit, ylim=(0, 1.3 * max(values)), xscale="log")
-        axes.set_title("time" if unit == "ms a token" else "memory of the process", loc="left")
+        axes.set(xlabel="tokens read", ylabel=unit, ylim=(0, 1.3 * max(values)))
+        axes.set_xscale("log", base=2)
+        ticks = positions[:: -max(1, len(positions) // 5)]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(heading, loc="left", size=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
     save(figure, stem)

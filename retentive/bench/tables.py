@@ -23,15 +23,11 @@ def console() -> "Console":
 
 
 def show(result: Result, title: str, *, of: str, rows: Sequence[Row] | None = None) -> None:
-    """A row for each case and contender, of all `rows` or of these; what they have in common below.
+    """A row for each case and contender, of the whole result or of some `rows`.
 
     Times are over that of the first contender of a case, which is ours.
     """
-    out = console()
-    out.print(_table(result, title, of, result.rows if rows is None else rows))
-    out.print(conditions(result))
-    for line in _who(result.rows):
-        out.print(f"  {line}")
+    console().print(_table(result, title, of, result.rows if rows is None else rows))
 
 
 def _table(result: Result, title: str, of: str, rows: Sequence[Row]) -> "Table":
@@ -145,7 +141,11 @@ def limits(result: Result) -> str:
 
 
 def finish(result: Result, options: "Common", old: Result | None) -> None:
-    """What comes after a benchmark's own table: the comparison with an older run."""
+    """What is said below a benchmark's tables: how and by whom, and against an older run."""
+    out = console()
+    out.print(conditions(result))
+    for line in _who(result.rows):
+        out.print(f"  {line}")
     if old is not None:
         show_comparison(old, result)
 

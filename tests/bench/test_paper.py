@@ -31,6 +31,7 @@ def test_everything_without_a_budget(quick_limits, local_processes, tiny_model, 
     assert names == {"retnet", "transformer", "transformer-math"}
     assert result["more"] == {"left_out": [], "refused": []}
     shown = capsys.readouterr().out
+    assert shown.count("GFLOP/s") == 1  # how it was measured is said once
     assert "Table 4" in shown and "Figure 6" in shown
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {

@@ -48,7 +48,8 @@ def prepare_along(decoder: Decoder, case: Case, tell: Tell) -> tuple[Answer, Run
             seconds.append(taken)
             position += 1
         measure = {"position": mark, "seconds": median(seconds[-TIMED:])}
-        measure |= {"state": decoder.state_bytes, "resident": resident_bytes()}
+        kept_bytes = len(kept) * decoder.state_bytes  # kept for us, not for the text
+        measure |= {"state": decoder.state_bytes, "resident": resident_bytes() - kept_bytes}
         tell({"mark": measure})
         if case["keep_states"]:
             kept.append(decoder.fork())

@@ -44,6 +44,8 @@ class Ours:
             "parameters": sum(parameters(config).values()),
             "weight_bytes": read_bytes(self.model),
         }
+        if config.quantization is not None:
+            self.facts["form"] += f", {config.quantization.bits} bit"
         if self.runs and case["device"] == "cpu":
             pack_(self.model)
 
@@ -90,14 +92,14 @@ class Decoder:
     """The model's own calls, a token at a time."""
 
     def __init__(self, model: LanguageModel, state: RetNetState):
-        self.model, self.state = model, state
+        self.model, self.state, self.rows = model, state, state.batch_size
 
     @property
     def state_bytes(self) -> int:
         """In use: what a cache has room for beyond its tokens does not count."""
-        config, batch = self.model.config, self.state.batch_size
+        config = self.model.config
         assert isinstance(config, RetNetConfig)
-        return batch * state_bytes(config, dtype=self.model.dtype)
+        return self.rows * state_bytes(config, dtype=self.model.dtype)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         hidden, state = self.model.hidden(tokens[:, None], self.state)
@@ -116,8 +118,8 @@ class RunnerDecoder(Decoder):
     """As `retentive generate` decodes: the state is updated where it lies."""
 
     def __init__(self, model: LanguageModel, state: RetNetState):
-        super().__init__(model, state)
-        self._runner = runner(model, state)
+        self.model, self.rows = model, state.batch_size
+        self._runner = runner(model, state)  # of its own copy of the state
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return self._runner.step(tokens)
@@ -145,8 +147,8 @@ class CacheDecoder(Decoder):
 
     @property
     def state_bytes(self) -> int:
-        held = int(self.state.positions[0]), self.model.dtype
-        return self.state.batch_size * state_bytes(self.model.config, held[0], dtype=held[1])
+        context = int(self.state.positions[0])
+        return self.rows * state_bytes(self.model.config, context, dtype=self.model.dtype)
 
     @torch.inference_mode()
     def skip(self, count: int) -> bool:
