@@ -25,14 +25,18 @@ from retentive.models.config import Quantization
 if TYPE_CHECKING:
     from retentive.models.language_model import LanguageModel
 
-Kernel = Callable[[Tensor], Tensor]  # bfloat16 [M,K] -> [M,N]
+Kernel = Callable[[Tensor], Tensor]  # [M,K] -> [M,N] of some dtype
 
 FEW_ROWS = 8  # that oneDNN chooses its layout for
+_TINY = 1e-30
 TILE = 64  # torch's kernels take rows and columns of a weight in tiles; some do not check the ends
 
 
 class QuantizedLinear(nn.Module):
-    """x Wᵀ for x `[...,in]`, in the dtype of x; products are of bfloat16 activations, sums float32.
+    """x Wᵀ for x `[...,in]`, in the dtype of x.
+
+    x is rounded to bfloat16 or, where the CPU multiplies whole numbers (8 bits, VNNI), to 255 steps
+    a row. Sums are float32.
 
     Its buffers are what is stored. On a CPU they are brought into the layout of torch's kernels at
     the first call, beside what is stored, or by `prepare_`, instead of it. Without such a kernel
@@ -57,8 +61,11 @@ class QuantizedLinear(nn.Module):
             return F.linear(x, self.weight.to(x.dtype))
         if self._kernel is None:
             self._kernel = self._make_kernel()
-        rows = x.reshape(-1, self.in_features).bfloat16()
-        return self._kernel(rows).view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return (
+            self._kernel(x.reshape(-1, self.in_features))
+            .view(*x.shape[:-1], self.out_features)
+            .to(x.dtype)
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -107,7 +114,10 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()
     def _make_kernel(self) -> Kernel:
         assert self.qweight is not None, "prepare_ has dropped what is stored"
-        return {16: Bfloat16Kernel, 8: Int8Kernel, 4: Int4Kernel}[self.quantization.bits](self)
+        bits = self.quantization.bits
+        if bits == 8 and _has_vnni():
+            return WholeNumberKernel(self)
+        return {16: Bfloat16Kernel, 8: Int8Kernel, 4: Int4Kernel}[bits](self)
 
     def extra_repr(self) -> str:
         bits = self.quantization.bits
@@ -184,23 +194,55 @@ class Bfloat16Kernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.prepacked:
+            x = x.bfloat16()
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
         return F.linear(x.float(), self.weight.float())
 
 
+class WholeNumberKernel:
+    """oneDNN's products of 8-bit numbers, whose sums are exact.
+
+    Each row of x is rounded to 255 steps of its own, so that it does not matter what other rows it
+    comes with. The product takes them as 1 to 255, 128 for 0.
+    """
+
+    def __init__(self, layer: QuantizedLinear):
+        assert layer.scales is not None
+        self.qweight = torch.ops.onednn.qlinear_prepack(
+            layer.qweight, [FEW_ROWS, layer.in_features]
+        )
+        self.scales = layer.scales.float()
+        self.zeros = torch.zeros(layer.out_features, dtype=torch.int32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.float()
+        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
+        steps = largest.clamp_min_(_TINY).div_(127)
+        codes = (x / steps).add_(128.5).to(torch.uint8)  # to nearest: the fraction is cut off
+        weight = self.qweight, self.scales, self.zeros
+        output = 1.0, 0, torch.float32, "none", [], ""  # not quantised, and nothing after it
+        return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, *weight, None, *output).mul_(
+            steps
+        )
+
+
 class Int8Kernel:
-    """torch's for 8-bit weights at few rows, a dense product at many."""
+    """For other CPUs: torch's for 8-bit weights at few rows, a dense product at many."""
 
     MANY_ROWS = 24
 
     def __init__(self, layer: QuantizedLinear):
         assert layer.scales is not None
         self.padding = -layer.in_features % TILE
-        self.qweight = F.pad(layer.qweight, (0, self.padding))
+        self.qweight = layer.qweight  # the kernel's own layout, unless it has to be padded
+        if self.padding:
+            self.qweight = F.pad(self.qweight, (0, self.padding))
         self.scales = layer.scales
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, self.padding))
+        x = x.bfloat16()
+        if self.padding:  # F.pad copies even what it does not pad
+            x = F.pad(x, (0, self.padding))
         if len(x) < self.MANY_ROWS:
             return torch.ops.aten._weight_int8pack_mm(x, self.qweight, self.scales)
         return _dense(x, self.qweight).float().mul_(self.scales)
@@ -228,7 +270,9 @@ class Int4Kernel:
         self.tile = next((n for n in (64, 32) if torch.equal(self._codes(n), columns)), None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, self.padding))
+        x = x.bfloat16()
+        if self.padding:
+            x = F.pad(x, (0, self.padding))
         if self.tile is None or len(x) < self.MANY_ROWS:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 x, self.packed, self.group_size, self.affine
@@ -253,11 +297,14 @@ class Int4Kernel:
 
 
 def _dense(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ with few-bit or bfloat16 weights `[N,K]`, in the fastest type of this CPU that is exact
-    enough."""
+    """x Wᵀ, where the CPU has bfloat16 products, which are twice as fast, by these."""
     dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
     return F.linear(x.to(dtype), weight.to(dtype))
 
 
 def _has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _has_vnni() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()

@@ -16,6 +16,7 @@ from retentive.compress import quantize_command
 from retentive.compress.quantize import quantize, quantize_weight
 from retentive.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
 from retentive.errors import InputError
+from retentive.models import quantized
 from retentive.models.checkpoint import load_config, save_model
 from retentive.models.config import Quantization, RetNetConfig, TransformerConfig
 from retentive.models.files import fingerprint
@@ -116,15 +117,31 @@ def test_a_constant_weight_is_kept(bits, value):
 @pytest.mark.parametrize("rows", [1, 5, 200])
 @pytest.mark.parametrize("shape", [(64, 64), (96, 160), (7, 40), (130, 33)])
 @pytest.mark.parametrize("bits", BITS)
-def test_the_kernels_multiply_by_the_weight(bits, shape, rows):
+@pytest.mark.parametrize("vnni", [True, False])
+def test_the_kernels_multiply_by_the_weight(bits, shape, rows, vnni, monkeypatch):
+    if not vnni:
+        monkeypatch.setattr(quantized, "_has_vnni", lambda: False)
     layer = linear(random(*shape), bits)
     x = random(2, rows, shape[1])
     expected = x.double() @ layer.weight.double().T
     y = layer(x)
     assert y.shape == expected.shape and y.dtype == x.dtype
-    assert distance(y, expected) < 1.5 * BF16  # x, y and, unpacked, the weight are rounded
+    # x, y and, unpacked, the weight are rounded to bfloat16; or x to 127 steps of its largest
+    assert distance(y, expected) < 1.5 * BF16 + (3 / 127 / math.sqrt(12) if bits == 8 else 0)
     assert layer(x.double()).dtype == torch.float64
     assert layer(x[0, 0]).shape == (shape[0],)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    layer, x = linear(random(64, 64), 8), random(5, 64)
+    x[3] *= 1000
+    together = layer(x)
+    for row in range(5):
+        assert torch.equal(layer(x[row : row + 1])[0], together[row])
+
+
+def test_a_row_of_zeros_gives_zeros():
+    assert not linear(random(64, 64), 8)(torch.zeros(2, 64)).any()
 
 
 def test_four_bits_in_a_layout_unknown_here_are_left_to_torchs_kernel(monkeypatch):
@@ -195,8 +212,8 @@ def test_the_forms_agree(name, bits, tokens):
     for token in tokens.split(1, 1):
         logits, state = made.use()(token, state)
         pieces.append(logits)
-    assert typical(chunkwise, parallel) < 4 * BF16
-    assert typical(torch.cat(pieces, 1), parallel) < 4 * BF16
+    assert typical(chunkwise, parallel) < 8 * BF16
+    assert typical(torch.cat(pieces, 1), parallel) < 8 * BF16
 
 
 @pytest.mark.parametrize("name", CONFIGS)
