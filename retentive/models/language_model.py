@@ -17,6 +17,7 @@ from retentive.models import layout as layouts
 from retentive.models.config import ModelConfig
 from retentive.models.layers import Recomputing, dropout, norm
 from retentive.models.layout import Angles, Layout, Rotation
+from retentive.models.linear import Linear
 from retentive.models.loss import linear_cross_entropy
 from retentive.models.quantized import QuantizedEmbedding, QuantizedLinear, use_quantized_layers
 from retentive.models.state import LayerState, RetNetState
@@ -43,7 +44,7 @@ class LanguageModel(nn.Module):
         self.norm = norm(config)
         self.lm_head = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.quantization is not None:
             use_quantized_layers(self, config.quantization)
         self.checkpoint_layers = False

@@ -22,6 +22,7 @@ from retentive.models.config import (
     RotationRule,
 )
 from retentive.models.layout import Constant, Layout, Rotation, rotate
+from retentive.models.linear import Linear
 from retentive.ops import retention
 from retentive.ops.decay import log_decay
 
@@ -105,11 +106,11 @@ class MultiScaleRetention(Recomputing):
         self.log_decay = Constant(decays)
         scale_by = decays if row_scale else None
         self.rotation = Rotation(K, rotation, rotation_base, K**-0.5, scale_by)
-        self.q_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_heads * V, bias=False)
-        self.g_proj = nn.Linear(hidden_size, num_heads * V, bias=False) if gate else None
-        self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, num_heads * K)
+        self.k_proj = Linear(hidden_size, num_heads * K)
+        self.v_proj = Linear(hidden_size, num_heads * V)
+        self.g_proj = Linear(hidden_size, num_heads * V) if gate else None
+        self.o_proj = Linear(num_heads * V, hidden_size)
         self.fused_proj: nn.Module | None = None
         if not self.o_proj.weight.is_meta:
             self.init_weights("official", 1)
@@ -201,9 +202,9 @@ class FeedForward(Recomputing):
     def __init__(self, hidden_size: int, intermediate_size: int, act: Activation, gated: bool):
         super().__init__()
         self.act = ACTIVATIONS[act]
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False) if gated else None
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size) if gated else None
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
         self.fused_proj: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:

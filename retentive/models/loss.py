@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from retentive.errors import InputError
+from retentive.models.linear import product
 
 IGNORED = -100
 REDUCTIONS = ("mean", "sum")
@@ -56,7 +57,7 @@ class _LinearCrossEntropy(Function):
             chunk, target = h[start : start + rows].to(dtype), targets[start : start + rows]
             real = (target != IGNORED).unsqueeze(1)
             target = target.clamp(min=0).unsqueeze(1)
-            log_p = F.log_softmax(chunk @ w.T, dim=-1, dtype=exact)
+            log_p = F.log_softmax(product(chunk, w), dim=-1, dtype=exact)
             total -= log_p.gather(1, target).masked_fill_(~real, 0).sum()
             if dh is None and dweight is None:
                 continue
@@ -64,11 +65,9 @@ class _LinearCrossEntropy(Function):
             dlogits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
             dlogits = dlogits.to(dtype)
             if dh is not None:
-                torch.mul(dlogits @ w, real, out=dh[start : start + rows])
-            if dweight is not None and dtype == exact:
-                dweight.addmm_(dlogits.T, chunk * real)
-            elif dweight is not None:
-                dweight += dlogits.T @ (chunk * real)
+                torch.mul(product(dlogits, w.T), real, out=dh[start : start + rows])
+            if dweight is not None:
+                dweight += product(dlogits.T, (chunk * real).T)
         ctx.save_for_backward(dh, None if dweight is None else dweight.to(weight.dtype))
         return total
 

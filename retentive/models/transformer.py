@@ -17,6 +17,7 @@ from retentive.models.kv_cache import KVCache, Pair
 from retentive.models.language_model import LanguageModel
 from retentive.models.layers import deepnet_gain, dropout, feed_forward, norm
 from retentive.models.layout import Layout, Rotation, rotate
+from retentive.models.linear import Linear
 
 
 class Attention(nn.Module):
@@ -26,10 +27,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = hidden_size // num_heads
         kv_dim = num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, kv_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, kv_dim, bias=False)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, hidden_size)
+        self.k_proj = Linear(hidden_size, kv_dim)
+        self.v_proj = Linear(hidden_size, kv_dim)
+        self.o_proj = Linear(hidden_size, hidden_size)
 
     def forward(
         self, x: Tensor, cache: KVCache | None, layout: Layout

@@ -1,0 +1,88 @@
+"""Linear layers that take the faster of torch's two matrix libraries on a CPU.
+
+torch multiplies float32 matrices by MKL, which leaves half of the vector units of many processors
+unused (AVX-512 on AMD). oneDNN does not, and is in every build of torch; but at a few rows it would
+spend its time on the layout of the weights, which `inference.packed` changes once instead.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+MANY_ROWS = 64
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ for x `[M,in]` and W `[out,in]`; either may be a transposed view. Keeps no graph."""
+    if suits_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
+
+def suits_onednn(x: Tensor) -> bool:
+    """Whether a product of the rows of x `[...,in]` is oneDNN's; a compiler chooses by itself."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() >= MANY_ROWS * x.shape[-1]
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias, faster on a CPU."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not suits_onednn(input):
+            return F.linear(input, self.weight)
+        x = input.flatten(0, -2)
+        kept = _Kept.apply(x, self.weight)
+        return _Product.apply(x, self.weight, kept).unflatten(0, input.shape[:-1])
+
+
+class _Kept(Function):
+    """Keeps x and W for the backward of their product, before it is formed.
+
+    Where x is not kept but computed again (`layers.Recomputing`), that ends with what is kept last:
+    kept by the product itself, after it was formed, they would have it formed once more in vain.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class _Product(Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+        return product(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.kept = inputs[2].grad_fn
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x, weight) = gradients, ctx.kept.saved_tensors
+        dx = product(dy, weight.T) if ctx.needs_input_grad[0] else None
+        dweight = product(dy.T, x.T) if ctx.needs_input_grad[1] else None
+        return dx, dweight, None

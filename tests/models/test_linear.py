@@ -1,0 +1,88 @@
+"""Linear layers on oneDNN against torch's own, and what a backward that computes again repeats."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from retentive.models import linear
+from retentive.models.linear import MANY_ROWS, Linear, product, suits_onednn
+
+
+def layer_and_input(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    return Linear(48, 80).to(dtype), torch.randn(2, rows // 2, 48, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("rows", [2, MANY_ROWS, 300])
+def test_values_and_gradients_are_those_of_a_linear_layer(rows):
+    layer, x = layer_and_input(rows)
+    dy = torch.randn(2, rows // 2, 80)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, layer.weight)]
+        if dtype == torch.float32:
+            y = layer(x)
+            results.append((y, *torch.autograd.grad(y, (x, layer.weight), dy)))
+        else:
+            y = F.linear(*inputs)
+            results.append((y, *torch.autograd.grad(y, inputs, dy.double())))
+    for got, exact in zip(*results, strict=True):
+        assert (got - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    layer, x = layer_and_input(200)
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert x.grad is not None and layer.weight.grad is None
+    layer.weight.requires_grad_()
+    layer(x.detach()).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
+
+
+def test_a_backward_can_be_repeated():
+    layer, x = layer_and_input(200)
+    y = layer(x).square().sum()
+    y.backward(retain_graph=True)
+    once = layer.weight.grad.clone()
+    y.backward()
+    torch.testing.assert_close(layer.weight.grad, 2 * once)
+
+
+def test_products_take_transposed_views():
+    a, b = torch.randn(70, 90), torch.randn(70, 110)
+    torch.testing.assert_close(product(a.T, b.T), a.T @ b, rtol=1e-5, atol=1e-4)
+
+
+def test_where_onednn_is_left_alone():
+    x = torch.randn(MANY_ROWS, 8)
+    assert suits_onednn(x)
+    assert not suits_onednn(x[:-1]) and not suits_onednn(x.double()) and not suits_onednn(x.half())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not suits_onednn(x)
+        assert Linear(8, 4)(x).dtype == torch.bfloat16
+
+
+def test_it_compiles_as_one_graph():
+    layer, x = layer_and_input(200)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_last_product_is_not_formed_again(monkeypatch):
+    """Its input is computed again for the backward, its output is not."""
+    layer, x = layer_and_input(200)
+    forward_shapes = []
+
+    def counted(x, weight):
+        forward_shapes.append((x.shape[1], weight.shape[0]))
+        return product(x, weight)
+
+    monkeypatch.setattr(linear, "product", counted)
+    y = checkpoint(lambda t: layer(F.gelu(t)), x, use_reentrant=False)
+    y.sum().backward()
+    assert forward_shapes.count((48, 80)) == 1
+    assert len(forward_shapes) == 3  # and the two of the backward
