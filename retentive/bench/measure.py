@@ -101,7 +101,7 @@ def started(entry: Entry, case: Case, limits: Limits) -> tuple[Process, Answer]:
     process = Process(entry.contender.worker, case["threads"])
     try:
         return process, process.prepare({**entry.case(case), **choice})
-    except Unavailable:
+    except BaseException:
         process.close()
         raise
 

@@ -63,7 +63,8 @@ class Common:
     def figure_stem(self) -> Path | None:
         """Figures are named after the result; None where nobody asked for any."""
         if self.figures is not None:
-            return self.figures / (self.out.stem if self.out else "bench")
+            own = type(self).__name__.removesuffix("Benchmark").lower()
+            return self.figures / (self.out.stem if self.out else own)
         return None if self.out is None else self.out.with_suffix("")
 
 

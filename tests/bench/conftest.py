@@ -42,7 +42,7 @@ class Local:
         return self._run(**arguments)
 
     def memory(self) -> dict[str, int]:
-        return {"start": 2**20, "peak": serving.peak_bytes(), "resident": serving.resident_bytes()}
+        return {"start": 2**20, **serving.memory("cpu")}
 
     def close(self) -> None:
         pass

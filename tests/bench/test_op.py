@@ -36,6 +36,10 @@ def test_a_run_is_a_table_a_file_and_figures(quick_limits, local_processes, tmp_
     assert result["limits"]["gemm_flops"] == [1e11] * 4
     shown = capsys.readouterr().out
     assert "need a CUDA device" in shown and "retnet-recurrent: recurrent" in shown
+    again = ["--rounds", "1", "--device", "cpu", "--contenders", "retnet", "--compare", str(out)]
+    assert main(["op", *sizes, *again, "--figures", str(tmp_path / "drawn")]) == 0
+    assert "against the older run" in capsys.readouterr().out
+    assert (tmp_path / "drawn" / "op.svg").exists()
     for kind in ("png", "svg"):
         assert (tmp_path / "new" / f"op.{kind}").stat().st_size > 1000
 

@@ -49,7 +49,10 @@ def prepare_along(decoder: Decoder, case: Case, tell: Tell) -> tuple[Answer, Run
             position += 1
         measure = {"position": mark, "seconds": median(seconds[-TIMED:])}
         kept_bytes = len(kept) * decoder.state_bytes  # kept for us, not for the text
-        measure |= {"state": decoder.state_bytes, "resident": resident_bytes() - kept_bytes}
+        measure |= {
+            "state": decoder.state_bytes,
+            "resident": resident_bytes(case["device"]) - kept_bytes,
+        }
         tell({"mark": measure})
         if case["keep_states"]:
             kept.append(decoder.fork())

@@ -37,7 +37,8 @@ def serve(load: Callable[[], object], prepare: Prepare) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
     run: Run | None = None
-    start = 0
+    start: int | None = None
+    case: Case = {"device": "cpu"}
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -45,17 +46,17 @@ def serve(load: Callable[[], object], prepare: Prepare) -> None:
                 case = request["prepare"]
                 run = None  # frees what was prepared before
                 torch.set_num_threads(case["threads"])
-                if not start:
+                if start is None:
                     load()
                     warm_libraries(training=case["task"] == "train")
-                    start = resident_bytes()
+                    start = resident_bytes(case["device"])
                 facts, run = prepare(case, tell)
                 tell(facts)
             elif "run" in request:
                 assert run is not None
                 tell(run(**request["run"]))
             else:
-                tell({"start": start, "peak": peak_bytes(), "resident": resident_bytes()})
+                tell({"start": start, **memory(case["device"])})
         except Exception as error:  # a failing contender is a row of the table
             tell({"error": reason(error)})
 
@@ -83,8 +84,17 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM; where the system does not say, its largest so far."""
+def memory(device: str) -> dict[str, int]:
+    return {"peak": peak_bytes(device), "resident": resident_bytes(device)}
+
+
+def resident_bytes(device: str) -> int:
+    """Memory of this process that is in RAM, or of its tensors on a GPU.
+
+    Where the system does not say, the most there has been in RAM so far.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(device)
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except FileNotFoundError:
@@ -92,10 +102,10 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_bytes() -> int:
-    """The most memory in RAM so far; on a GPU what was allocated there instead."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+def peak_bytes(device: str) -> int:
+    """The most that `resident_bytes` has been so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
     try:
         status = Path("/proc/self/status").read_text()
     except FileNotFoundError:
@@ -104,12 +114,12 @@ def peak_bytes() -> int:
     return int(kilobytes) * 1024
 
 
-def forget_peak() -> None:
+def forget_peak(device: str) -> None:
     """From here on the peak counts anew, where the system allows it; freed memory is given back."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
         trim(0)
     with contextlib.suppress(OSError):

@@ -95,7 +95,7 @@ def decode(model: Model, case: Case) -> Run:
     device, token = case["device"], random_tokens(case, case["batch"], 1)[:, 0]
     with torch.inference_mode():
         step = model.decoder(case["batch"], case["context"])
-    forget_peak()  # the memory of decoding; that of reading the context is prefill's
+    forget_peak(device)  # the memory of decoding; that of reading the context is prefill's
 
     @torch.inference_mode()
     def run(seconds: float = 0.0, most: int = 32) -> Answer:
