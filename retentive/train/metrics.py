@@ -8,12 +8,15 @@ with `lr`, `grad_norm`, `tokens`, `tokens_per_second`, `gemm_fraction` and `seco
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from retentive.errors import InputError
+from retentive.models.linear import product
 
 Record = dict[str, Any]
 
@@ -107,15 +110,23 @@ def _running_mean(values: list[float]) -> list[float]:
     return means
 
 
-def measure_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a large matrix product: the best one within `seconds`, after one to warm up."""
+def measure_gemm_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    multiply: Callable[[Tensor, Tensor], Tensor] = product,
+    seconds: float = 0.3,
+) -> float:
+    """FLOP/s of a large matrix product: the best one within `seconds`, after one to warm up.
+
+    By default of the product that the models' linear layers take (`retentive.models.linear`).
+    """
     n = 1024 if device.type == "cpu" else 4096
     private = torch.Generator(device)  # a resumed run has its own random numbers restored by now
     a, b = torch.randn(2, n, n, device=device, generator=private).to(dtype)
     best = float("inf")
-    (a @ b)[0, 0].item()
+    multiply(a, b)[0, 0].item()
     deadline = time.perf_counter() + seconds
     while (start := time.perf_counter()) < deadline:
-        (a @ b)[0, 0].item()  # reading an element waits for the product on every kind of device
+        multiply(a, b)[0, 0].item()  # reading an element waits for the product on every kind of device
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
