@@ -127,6 +127,6 @@ def measure_gemm_rate(
     multiply(a, b)[0, 0].item()
     deadline = time.perf_counter() + seconds
     while (start := time.perf_counter()) < deadline:
-        multiply(a, b)[0, 0].item()  # reading an element waits for the product on every kind of device
+        multiply(a, b)[0, 0].item()  # reading an element waits for the product on every device
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
