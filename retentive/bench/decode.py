@@ -30,6 +30,7 @@ from retentive.models.counts import decode_bytes, state_bytes
 MARKS = 16  # states kept along the text
 BLOCK = 16  # tokens timed from a state in its turn
 BLOCK_ROUNDS = 24
+MOST_STEPS = 32  # in a round
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,15 @@ def decode_rows(
 ) -> list[Row]:
     """One case. Ours are named by their models, too, where there are several."""
     case = {**options.case("decode", limits), "batch": batch, "context": context}
+    case["room"] = MOST_STEPS * (options.rounds + 2)  # of a static cache: no more than is decoded
     several = len({entry.model for entry in entries}) > 1
     rows = measure_case(
-        case, entries, options.rounds, limits, sizes=["batch", "context"], run={"seconds": 0.3}
+        case,
+        entries,
+        options.rounds,
+        limits,
+        sizes=["batch", "context"],
+        run={"seconds": 0.3, "most": MOST_STEPS},
     )
     dtype = resolve_dtype(options.dtype)
     for entry, row in zip(entries, rows, strict=True):

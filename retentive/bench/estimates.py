@@ -7,10 +7,10 @@ scores of T² where a form holds them, logits of all tokens where a contender ma
 
 from typing import Any
 
-import torch
-
 from retentive.bench.contenders import Choice, Entry
+from retentive.bench.models import itself
 from retentive.devices import resolve_dtype
+from retentive.inference.session import SEGMENT
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.counts import mixer_name, parameters, state_bytes, weight_bytes
 
@@ -30,17 +30,19 @@ def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
         if config.quantization is not None:
             weights = weights * config.quantization.bits // (8 * size)
         return weights + caches
-    tokens = case["tokens"] * case.get("batch", 1)
-    scores = case.get("batch", 1) * config.num_heads * case["tokens"] ** 2 * size if parallel else 0
-    whole_logits = 0 if contender.worker == "ours" else tokens * config.vocab_size * size
+    rows, tokens = case.get("batch", 1), case["tokens"]
+    ours = contender.worker == "ours"
+    if ours and task == "prefill":
+        tokens = min(tokens, SEGMENT)
+    scores = 2 * rows * config.num_heads * tokens**2 * size if parallel else 0
+    activations = rows * tokens * _kept_dims(config) * size
+    logits = 2 * rows * tokens * config.vocab_size * size
     if task == "prefill":
-        held = min(tokens, 2048) if contender.worker == "ours" else tokens
-        last_only = contender.worker != "peers"
-        logits = 0 if last_only else whole_logits
-        return weight_bytes(config) + held * _kept_dims(config) * size + 2 * scores + logits
-    kept = config.num_hidden_layers * tokens * _kept_dims(config) * size
-    scores *= config.num_hidden_layers
-    return 4 * weight_bytes(config, torch.float32) + kept + scores + 2 * whole_logits
+        return weight_bytes(config) + activations + scores + (contender.worker == "peers") * logits
+    depth = config.num_hidden_layers
+    if contender.equal is not itself or not ours:  # our retention keeps none for the backward pass
+        scores *= depth
+    return 4 * weight_bytes(config) + depth * activations + scores + (0 if ours else logits)
 
 
 def _op_bytes(case: dict[str, Any], size: int, parallel: bool, recurrent: bool) -> int:

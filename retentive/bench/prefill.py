@@ -35,7 +35,8 @@ def run(options: PrefillBenchmark) -> None:
     result = Result.begun("prefill", options, limits)
     for tokens in options.lengths:
         case = {**options.case("prefill", limits), "tokens": tokens}
-        rows = measure_case(case, entries, options.rounds, limits, sizes=["tokens"])
+        asked = bool(options.contenders)
+        rows = measure_case(case, entries, options.rounds, limits, sizes=["tokens"], asked=asked)
         for entry, row in zip(entries, rows, strict=True):
             row.tokens, row.limit = tokens, limits.gemm
             row.work = tokens * flops_per_token(entry.config(), (tokens + 1) / 2, head=False)

@@ -57,7 +57,14 @@ def train_rows(
 ) -> list[Row]:
     """One case."""
     case = {**options.case("train", limits), "batch": batch, "tokens": tokens}
-    rows = measure_case(case, entries, options.rounds, limits, sizes=["batch", "tokens"])
+    rows = measure_case(
+        case,
+        entries,
+        options.rounds,
+        limits,
+        sizes=["batch", "tokens"],
+        asked=bool(options.contenders),
+    )
     for entry, row in zip(entries, rows, strict=True):
         row.tokens, row.limit = batch * tokens, limits.gemm
         row.work = 3 * row.tokens * flops_per_token(entry.config(), (tokens + 1) / 2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from retentive.bench.contenders import CONTENDERS, Entry
+from retentive.bench.contenders import CONTENDERS, Entry, chosen
 from retentive.bench.estimates import needed_bytes
 from retentive.bench.models import BENCHMARK_SIZES, subject
 from retentive.models.counts import decode_bytes, parameters, state_bytes, weight_bytes
@@ -34,3 +34,14 @@ def test_decoding_takes_what_its_bytes_say():
     assert needed_bytes(entry, case, {}) == weight_bytes(entry.config()) + caches
     assert state_bytes(entry.config(), 8192) * 8 == caches
     assert decode_bytes(entry.config(), 8, 8192) < needed_bytes(entry, case, {})
+
+
+def test_scores_that_a_peer_keeps_for_its_backward_pass_are_counted():
+    """Two of 8 heads · 8192² float32 in each of 8 layers: 32 GiB, beside all else."""
+    (peer,) = chosen("train", "yet-another-retnet")
+    entry = Entry(peer, subject("38m"))
+    case = {"task": "train", "dtype": "float32", "batch": 1, "tokens": 8192}
+    parallel, chunked = (needed_bytes(entry, case, {"chunk_size": C}) for C in (None, 128))
+    assert parallel - chunked == 32 * 2**30
+    (ours,) = chosen("train", "retnet")
+    assert needed_bytes(Entry(ours, subject("38m")), case, {}) < chunked  # no whole logits

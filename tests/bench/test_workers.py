@@ -101,7 +101,7 @@ def test_llama_is_measured_in_every_task(cache):
     for task, sizes in (
         ("train", {"batch": 2, "tokens": 8}),
         ("prefill", {"tokens": 8}),
-        ("decode", {"batch": 2, "context": 8, "cache": cache}),
+        ("decode", {"batch": 2, "context": 8, "cache": cache, "room": 16}),
     ):
         for name in ("llama", "llama-gqa"):
             facts, run = huggingface.prepare(case(task, name, **sizes), tell)

@@ -11,8 +11,6 @@ from retentive.bench.workers.serving import Answer, Case, Run, Tell, serve
 
 # pyright: reportMissingImports=false
 
-ROOM = 4096  # tokens that may be decoded behind a filled static cache
-
 
 class HuggingFace:
     model: Any
@@ -54,7 +52,7 @@ class Llama(HuggingFace):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         ours = case["config"]  # of our Transformer, whose parameters it shall have
-        self.cache = case.get("cache", "dynamic")
+        self.cache, self._room = case.get("cache", "dynamic"), case.get("room", 0)
         config = LlamaConfig(
             vocab_size=ours["vocab_size"],
             hidden_size=ours["hidden_size"],
@@ -77,7 +75,7 @@ class Llama(HuggingFace):
 
         config = self.model.config
         if self.cache == "static":
-            cache = StaticCache(config=config, max_cache_len=context + ROOM)
+            cache = StaticCache(config=config, max_cache_len=context + self._room)
         else:
             cache = DynamicCache(config=config)
         head_dim = config.hidden_size // config.num_attention_heads
