@@ -6,10 +6,7 @@ dims.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +18,7 @@ from torch.func import functional_call
 
 from retentive import __version__
 from retentive.compress.export_formats import FORMATS, Format, Run
+from retentive.compress.folders import check_new, new_folder
 from retentive.data.tokenizer import end_id, save_tokenizer
 from retentive.errors import InputError, nearest
 from retentive.models.checkpoint import WEIGHTS, save_model
@@ -71,16 +69,6 @@ def check_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def check_out(out: Path) -> None:
-    """InputError unless the folder `out` can be made."""
-    if os.path.lexists(out):
-        raise InputError(f"{out} exists already; name a new folder, or move it away first")
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: there is no folder {out.parent}; make it first")
-    if not os.access(out.parent, os.W_OK):
-        raise InputError(f"{out}: no permission to write in {out.parent}")
-
-
 def export(
     model: LanguageModel, out: str | Path, format: str, tokenizer: "Tokenizer | None" = None
 ) -> Errors:
@@ -91,9 +79,9 @@ def export(
     model is no RetNet in float32, or they differ by more than rounding explains.
     """
     out, kind = Path(out), check_format(format)
-    check_out(out)
+    check_new(out)
     retnet = _plain(model)
-    with _aside(out) as folder, torch.no_grad():
+    with new_folder(out) as folder, torch.no_grad():
         save_model(retnet, folder)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
@@ -109,7 +97,6 @@ def export(
                 f" {errors.state:.1e} in the state, more than {errors.allowed:.0e}: {out} is not"
                 " written; try other versions of torch and onnxruntime, or the other format"
             )
-        folder.rename(out)
     return errors
 
 
@@ -277,14 +264,3 @@ def _plain(model: LanguageModel) -> RetNet:
     weights = {name: weight.cpu() for name, weight in model.state_dict().items()}
     plain.load_state_dict(weights, assign=True)
     return plain.eval()
-
-
-@contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that is gone afterwards, unless it was renamed."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 import tyro
 
 from retentive.arguments import parse
-from retentive.compress.export import check_format, check_out, export
+from retentive.compress.export import check_format, export
+from retentive.compress.folders import check_new
 from retentive.data.tokenizer import FILE, load_tokenizer
 from retentive.models.checkpoint import load
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     model_folder = options.model.expanduser()
     beside = model_folder.with_name(f"{model_folder.resolve().name}-{options.format}")
     out = beside if options.out is None else options.out.expanduser()
-    check_out(out)
+    check_new(out)
     model = load(model_folder)
     has_tokenizer = (model_folder / FILE).is_file()
     tokenizer = load_tokenizer(model_folder) if has_tokenizer else None
