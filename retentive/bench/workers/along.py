@@ -38,8 +38,10 @@ def prepare_along(decoder: Decoder, case: Case, tell: Tell) -> tuple[Answer, Run
 
     The run goes on from the states kept at the marks, if `case["keep_states"]`.
     """
-    token, kept, position = random_tokens(case, case["batch"], 1)[:, 0], [], 0
-    for mark in case["marks"]:
+    token, position = random_tokens(case, case["batch"], 1)[:, 0], 0
+    # Their memory is taken now: what is held at the marks grows with the text alone.
+    kept = [decoder.fork() for _ in case["marks"]] if case["keep_states"] else []
+    for index, mark in enumerate(case["marks"]):
         if decoder.skip(mark - TIMED - position):
             position = mark - TIMED
         seconds: list[float] = []
@@ -47,15 +49,15 @@ def prepare_along(decoder: Decoder, case: Case, tell: Tell) -> tuple[Answer, Run
             token, taken = timed_step(decoder, token, case["device"])
             seconds.append(taken)
             position += 1
-        measure = {"position": mark, "seconds": median(seconds[-TIMED:])}
-        kept_bytes = len(kept) * decoder.state_bytes  # kept for us, not for the text
-        measure |= {
+        measure = {
+            "position": mark,
+            "seconds": median(seconds[-TIMED:]),
             "state": decoder.state_bytes,
-            "resident": resident_bytes(case["device"]) - kept_bytes,
+            "resident": resident_bytes(case["device"]),
         }
         tell({"mark": measure})
         if case["keep_states"]:
-            kept.append(decoder.fork())
+            kept[index] = decoder.fork()
 
     def run(at: int, times: int) -> Answer:
         _, last = timed_step(kept[at], token, case["device"]), token  # brings the state near again
