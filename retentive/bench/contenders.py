@@ -146,16 +146,17 @@ CONTENDERS = [
     ),
     *(
         Contender(
-            name,
+            name + ("-static" if cache == "static" else ""),
             "huggingface",
             f"{kind}, SDPA",
-            _MODEL,
+            tasks,
+            {"cache": cache},
             equal=gated(transformer(shared)),
-            choices={"decode": ({"cache": "static"}, {"cache": "dynamic"})},
             package="transformers",
             extra="hf",
         )
         for name, kind, shared in (("llama", "MHA", 1), ("llama-gqa", "GQA", _SHARED))
+        for tasks, cache in ((_MODEL, "dynamic"), (("decode",), "static"))
     ),
     Contender(
         "yet-another-retnet",

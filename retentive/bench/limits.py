@@ -7,6 +7,7 @@ from statistics import median
 
 import torch
 
+from retentive.models.linear import product
 from retentive.train.metrics import measure_gemm_rate
 
 STREAM_BYTES = 2**28  # beyond any cache of a CPU
@@ -16,16 +17,20 @@ STREAM_BYTES = 2**28  # beyond any cache of a CPU
 class Limits:
     """Rates of large matrix products (FLOP/s) and of reading memory (bytes/s), sample by sample.
 
-    `sample` between the rounds; a machine that slows down slows them with the contenders.
+    `sample` between the rounds; a machine that slows down slows them with the contenders. The GEMM
+    rate is that of `a @ b`, which every contender has; beside it stands that of the product in our
+    linear layers (`retentive.models.linear`), on some processors another library's.
     """
 
     device: torch.device
     dtype: torch.dtype
     gemm_rates: list[float] = field(default_factory=list)
     stream_rates: list[float] = field(default_factory=list)
+    linear_rates: list[float] = field(default_factory=list)
 
     def sample(self) -> None:
-        self.gemm_rates.append(measure_gemm_rate(self.device, self.dtype, seconds=0.2))
+        for rates, multiply in ((self.gemm_rates, torch.matmul), (self.linear_rates, product)):
+            rates.append(measure_gemm_rate(self.device, self.dtype, multiply, seconds=0.1))
         self.stream_rates.append(measure_stream_rate(self.device))
 
     @property
@@ -34,8 +39,7 @@ class Limits:
 
     @property
     def stream(self) -> float:
-        """The best of all: what memory gives undisturbed, which no use of it can exceed."""
-        return max(self.stream_rates, default=0.0)
+        return median(self.stream_rates) if self.stream_rates else 0.0
 
 
 def measure_stream_rate(device: torch.device, seconds: float = 0.2) -> float:

@@ -93,7 +93,11 @@ class Result:
     @classmethod
     def begun(cls, benchmark: str, options: Any, limits: Limits) -> "Result":
         """Without rows yet; the limits' samples show as they come."""
-        rates = {"gemm_flops": limits.gemm_rates, "stream_bytes": limits.stream_rates}
+        rates = {
+            "gemm_flops": limits.gemm_rates,
+            "linear_flops": limits.linear_rates,
+            "stream_bytes": limits.stream_rates,
+        }
         return cls(benchmark, _plain(asdict(options)), [], rates, machine(limits.device))
 
     def save(self, path: Path | None) -> None:

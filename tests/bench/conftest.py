@@ -16,6 +16,7 @@ from retentive.bench.workers import serving
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     def sample(self: Limits) -> None:
         self.gemm_rates.append(1e11)
+        self.linear_rates.append(2e11)
         self.stream_rates.append(2e10)
 
     monkeypatch.setattr(limits.Limits, "sample", sample)

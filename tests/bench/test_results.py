@@ -43,7 +43,11 @@ def test_there_and_back(tmp_path):
     assert load(tmp_path / "op.json", "op") == made
     written = json.loads((tmp_path / "op.json").read_text())
     assert written["format"] == FORMAT and written["machine"]["torch"] == torch.__version__
-    assert written["limits"] == {"gemm_flops": [1.0, 3.0], "stream_bytes": [5.0]}
+    assert written["limits"] == {
+        "gemm_flops": [1.0, 3.0],
+        "linear_flops": [],
+        "stream_bytes": [5.0],
+    }
 
 
 def test_a_comparison_takes_the_machines_speed_out(capsys):
