@@ -1,4 +1,9 @@
-"""`--device` and `--dtype`: names to torch objects, with a reason where a device cannot be had."""
+"""`--device` and `--dtype`: names to torch objects, with a reason where a device cannot be had.
+
+And how this process uses the memory of its CPU.
+"""
+
+import ctypes
 
 import torch
 
@@ -53,3 +58,18 @@ def resolve_dtype(name: str) -> torch.dtype:
             f"unknown dtype {name!r}{nearest(name, DTYPES)}; choose one of {', '.join(DTYPES)}"
         )
     return DTYPES[name]
+
+
+def keep_freed_memory() -> None:
+    """Memory that this process frees waits for its next tensors, instead of going back.
+
+    glibc returns blocks of 32 MB and more at once, and the system clears every page anew when the
+    next tensor wants them: up to a third of a training step on a CPU. Only glibc is told.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import tyro
 
 from retentive.arguments import parse
+from retentive.devices import keep_freed_memory
 from retentive.train.config import load_config, option, options
 from retentive.train.loop import Result, train
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
         if (word := getattr(given, key)) is not None:
             overrides[f"train.{key}"] = [word]
     out = given.out or Path("runs") / given.config.stem
+    keep_freed_memory()
     result = train(load_config(given.config, overrides), out, resume=given.resume)
     if result.finished:
         print(

@@ -13,7 +13,7 @@ from retentive.bench.workers import tasks
 from retentive.bench.workers.along import TIMED, prepare_along
 from retentive.bench.workers.ops import prepare_op
 from retentive.bench.workers.serving import Answer, Case, Run, Tell, serve
-from retentive.devices import resolve_dtype
+from retentive.devices import keep_freed_memory, resolve_dtype
 from retentive.inference.packed import pack_
 from retentive.inference.runner import runner
 from retentive.inference.session import read_tokens
@@ -184,6 +184,8 @@ def read_bytes(model: LanguageModel) -> int:
 def prepare(case: Case, tell: Tell) -> tuple[Answer, Run]:
     if case["task"] == "op":
         return prepare_op(case)
+    if case["task"] == "train":
+        keep_freed_memory()  # as `retentive train` does
     ours = Ours(case)
     if case["task"] == "along":
         decoder = ours.fresh_decoder(case["batch"], case["marks"][-1] + TIMED)
