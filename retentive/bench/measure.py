@@ -109,6 +109,8 @@ def started(entry: Entry, case: Case, limits: Limits) -> tuple[Process, Answer]:
 def best_choice(entry: Entry, case: Case, limits: Limits) -> Choice:
     choices = entry.choices(case["task"])
     choices = [choice for choice in choices if doubt(entry, case, choice, limits) is None]
+    if not choices:  # since it was asked first, others have taken memory
+        raise Unavailable("it does not fit the memory that is free now")
     if len(choices) == 1:
         return choices[0]
     worker = entry.contender.worker, case["threads"]

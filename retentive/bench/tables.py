@@ -171,10 +171,15 @@ def show_comparison(old: Result, new: Result) -> None:
     out.print("Each as the fraction of its own run's limit: GEMM rate, or memory read.")
     changed = [
         f"{name} {before} before, {now} now"
-        for name, before, now in _different(old.machine, new.machine)
+        for name, before, now in _different(_conditions(old), _conditions(new))
     ]
     if changed:
         out.print("; ".join(changed))
+
+
+def _conditions(result: Result) -> dict[str, Any]:
+    chosen = {name: result.options.get(name) for name in ("model", "dtype", "threads")}
+    return {**result.machine, **chosen}
 
 
 def _different(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

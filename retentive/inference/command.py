@@ -116,14 +116,13 @@ def _write(session: Session, prompts: Sequence[str], options: Options) -> int:
     began = time.perf_counter()
     held = session.read(prompts) if prompts else []
     read = time.perf_counter()
-    if isinstance(session.model, RetNet) and session.model.device.type == "cpu":
-        torch.set_num_threads(fastest_threads(session.model, len(session.rows)))
-    started = time.perf_counter()
     printer = Printer(sys.stdout, _headings(session, prompts))
     printer.push(held)
     written = 0
     try:
         with _interruptions() as interrupted:
+            _choose_threads(session, options.max_new_tokens)
+            started = time.perf_counter()
             for pieces in session.steps(options.max_new_tokens):
                 printer.push(pieces)
                 written += len(pieces)
@@ -148,6 +147,12 @@ def _write(session: Session, prompts: Sequence[str], options: Options) -> int:
         again = f"retentive generate {options.model} --load-state {options.save_state}"
         print(f"saved; go on with: {again}", file=sys.stderr)
     return 130 if interrupted else 0
+
+
+def _choose_threads(session: Session, tokens: int) -> None:
+    model, rows = session.model, len(session.active)
+    if tokens and rows and isinstance(model, RetNet) and model.device.type == "cpu":
+        torch.set_num_threads(fastest_threads(model, rows))
 
 
 class Printer:

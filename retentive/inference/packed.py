@@ -55,7 +55,7 @@ class FusedProjections(nn.Module):
 def pack_(model: Model) -> Model:
     """Lays out the weights of a model on the CPU for inference, in place; returns the model.
 
-    It computes what it did before, up to rounding, but can no longer be trained, saved or moved.
+    Its logits are what they were, up to rounding, but it has no loss and cannot be saved or moved.
     Layer by layer, so that the weights are in memory only once; a tied head is copied. Quantised
     weights keep their kernels' layout only. Where there is no kernel for the model's dtype the
     model stays as it is.

@@ -89,6 +89,7 @@ class Session:
         had stopped, and returns what was held back of their texts. Raises InputError for an empty
         prompt and for a wrong number of prompts.
         """
+        self._check_whole()
         encoded = [self._encode(prompt) for prompt in prompts]
         if not encoded:
             raise InputError("there is no prompt; give at least one")
@@ -118,8 +119,11 @@ class Session:
     def step(self) -> list[Piece]:
         """One more token for each active row: the text this makes certain, row by row.
 
+        Raises InputError after a step that was broken off: some layers had read its token.
+
         A row's text may be empty (a character not yet whole, a stop string perhaps beginning).
         """
+        self._check_whole()
         self.whole = False
         last = torch.tensor([self.rows[row].last for row in self.active], device=self.model.device)
         logits = self._runner.step(last)[:, : self.vocab_size]
@@ -191,6 +195,10 @@ class Session:
         session._runner, session.active = runner(model, state), list(range(len(session.rows)))
         session._retire()
         return session
+
+    def _check_whole(self) -> None:
+        if not self.whole:
+            raise InputError("a step was broken off; load the session, or start it anew")
 
     def _encode(self, prompt: str) -> list[int]:
         try:

@@ -24,10 +24,7 @@ def save_model(model: LanguageModel, folder: str | Path) -> None:
 
     Raises InputError for a packed model.
     """
-    if model.packed_from is not None:
-        raise InputError(
-            "the model was packed for inference; save it before pack_, or load it anew"
-        )
+    model.check_unpacked()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, dict(model.state_dict()), {"format": "pt"})

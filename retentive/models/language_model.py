@@ -185,7 +185,8 @@ class LanguageModel(nn.Module):
             block.init_weights(self.config, generator)  # pyright: ignore[reportCallIssue]
 
     def num_parameters(self) -> int:
-        """Of all weights, quantised or not; a tied one counts once."""
+        """Of all weights, quantised or not; a tied one counts once. InputError if packed."""
+        self.check_unpacked()
         quantized = (layer for layer in self.modules() if isinstance(layer, QuantizedLinear))
         return sum(weight.numel() for weight in self.parameters()) + sum(
             layer.in_features * layer.out_features for layer in quantized
@@ -193,7 +194,8 @@ class LanguageModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """`[vocab,D]`; computed anew from a quantised one."""
+        """`[vocab,D]`; computed anew from a quantised one. InputError for a packed model."""
+        self.check_unpacked()
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @property
@@ -211,12 +213,18 @@ class LanguageModel(nn.Module):
 
     # What a caller may get wrong
 
+    def check_unpacked(self) -> None:
+        if self.packed_from is not None:
+            raise InputError(
+                "the model was packed for inference; do this before pack_, or load it anew"
+            )
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings `[...,D]` of tokens `[...]`; what are embeddings already stay as they are."""
         if tokens.is_floating_point():
             return tokens
         try:
-            return self.embed_tokens(tokens)
+            return self.embed_tokens(tokens).to(self.dtype)  # a quantised table gives float32
         except IndexError:
             raise InputError(
                 f"tokens run from {int(tokens.min())} to {int(tokens.max())};"

@@ -36,7 +36,10 @@ def suits_onednn(x: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without a bias, faster on a CPU."""
+    """nn.Linear without a bias, faster on a CPU.
+
+    There, from MANY_ROWS rows on, it is differentiable once, and backward only.
+    """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)

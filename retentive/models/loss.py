@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from retentive.errors import InputError
-from retentive.models.linear import product
+from retentive.models.linear import product, suits_onednn
 
 IGNORED = -100
 REDUCTIONS = ("mean", "sum")
@@ -66,7 +66,11 @@ class _LinearCrossEntropy(Function):
             dlogits = dlogits.to(dtype)
             if dh is not None:
                 torch.mul(product(dlogits, w.T), real, out=dh[start : start + rows])
-            if dweight is not None:
+            if dweight is None:
+                continue
+            if dtype == exact and not suits_onednn(dlogits.T):
+                dweight.addmm_(dlogits.T, chunk * real)
+            else:
                 dweight += product(dlogits.T, (chunk * real).T)
         ctx.save_for_backward(dh, None if dweight is None else dweight.to(weight.dtype))
         return total

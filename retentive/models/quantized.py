@@ -13,7 +13,7 @@ How the numbers are found is in `retentive.compress`. Legend: M rows of activati
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class QuantizedLinear(nn.Module):
     def rows(self, index: Tensor) -> Tensor:
         """The rows of the weight at `index` `[...]`, float32 `[...,K]`."""
         assert self.qweight is not None, "prepare_ has dropped what is stored"
-        rows = self.qweight[index]
+        rows = F.embedding(index, self.qweight)  # refuses negative ones
         if self.scales is None:
             return rows.float()
         scales = self.scales[index].float().unsqueeze(-1)
@@ -110,6 +110,20 @@ class QuantizedLinear(nn.Module):
                 " that again"
             )
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._kernel = None  # of what was stored before
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves to other devices; what is stored keeps its dtypes."""
+        if self.qweight is not None:
+            self._kernel = None
+        return super()._apply(lambda x: fn(x).to(x.dtype), recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own kernel: the layouts of some cannot be copied."""
+        return {**self.__dict__, "_kernel": None}
 
     @torch.no_grad()
     def _make_kernel(self) -> Kernel:

@@ -54,7 +54,8 @@ def test_a_packed_decoder_gives_what_the_model_gives(tmp_path):
 @pytest.mark.parametrize("name", ["retnet", "transformer"])
 def test_bytes_read_are_those_counted(name):
     made = ours.Ours(case("decode", name))
-    assert made.facts["parameters"] == made.model.num_parameters() or name == "retnet"
+    if name == "transformer":  # the other is packed
+        assert made.facts["parameters"] == made.model.num_parameters()
     config = made.model.config
     assert made.facts["weight_bytes"] == decode_bytes(config, batch=0, context=0)
 

@@ -1,5 +1,6 @@
 """Bounds follow from the quantisation step, the kernels' bfloat16 (2^-9 a rounding), or float64."""
 
+import copy
 import errno
 import json
 import math
@@ -16,6 +17,7 @@ from retentive.compress import quantize_command
 from retentive.compress.quantize import quantize, quantize_weight
 from retentive.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
 from retentive.errors import InputError
+from retentive.inference.packed import pack_
 from retentive.models import quantized
 from retentive.models.checkpoint import load_config, save_model
 from retentive.models.config import Quantization, RetNetConfig, TransformerConfig
@@ -344,3 +346,46 @@ def test_a_quantised_checkpoint_is_not_trained_on(folder):
     assert fields["quantization"]["source"] == fingerprint(load(folder))
     with pytest.raises(InputError, match="cannot be trained"):
         load(folder.parent / "out").train()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_run(dtype, tied):
+    torch.manual_seed(0)
+    config = RetNetConfig(
+        vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2, tie_word_embeddings=tied
+    )
+    model = RetNet(config).eval()
+    quantized = quantize(model, 8)
+    tokens = torch.randint(61, (2, 7))
+    with torch.no_grad():
+        expected, _ = quantized(tokens)
+        logits, _ = quantized.to(dtype)(tokens)
+    assert logits.dtype == dtype
+    assert (logits - expected).norm() < 0.1 * expected.norm()
+
+
+def test_new_weights_have_a_new_kernel_and_copies_their_own():
+    torch.manual_seed(0)
+    config = RetNetConfig(vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2)
+    tokens = torch.randint(61, (1, 5))
+    with torch.no_grad():
+        one, other = (quantize(RetNet(config).eval(), 8) for _ in range(2))
+        one(tokens)
+        copied = copy.deepcopy(one)
+        assert torch.equal(copied(tokens)[0], one(tokens)[0])
+        one.load_state_dict(other.state_dict())
+        assert torch.equal(one(tokens)[0], other(tokens)[0])
+
+
+def test_negative_tokens_are_refused():
+    config = RetNetConfig(vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2)
+    for bits in (16, 8, 4):
+        with pytest.raises(InputError, match="tokens run from -1"):
+            quantize(RetNet(config).eval(), bits)(torch.tensor([[3, -1]]))
+
+
+def test_a_packed_model_is_not_quantised():
+    config = RetNetConfig(vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2)
+    with pytest.raises(InputError, match="packed"):
+        quantize(pack_(RetNet(config).eval()), 8)

@@ -290,3 +290,16 @@ def test_a_step_that_is_broken_off_leaves_no_whole_session(model, byte_level, mo
     with pytest.raises(KeyboardInterrupt):
         session.step()
     assert not session.whole
+
+
+def test_a_session_whose_step_was_broken_off_does_not_go_on(byte_level, monkeypatch):
+    model = RetNet(RetNetConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_heads=4))
+    session = Session(model.eval(), byte_level, GREEDY)
+    session.read(["a"])
+    with monkeypatch.context() as broken:
+        broken.setattr(model.norm, "forward", lambda x: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.step()
+    for go_on in (session.step, lambda: session.read(["b"])):
+        with pytest.raises(InputError, match="broken off"):
+            go_on()

@@ -176,7 +176,9 @@ def model_of(case: Case) -> LanguageModel:
 
 def read_bytes(model: LanguageModel) -> int:
     """Of the weights that every token reads: the embedding table only where it is the head."""
-    table = 0 if model.lm_head is None else model.embed_tokens.weight.nbytes
+    embedding = model.embed_tokens
+    held = (*embedding.parameters(), *embedding.buffers())
+    table = 0 if model.lm_head is None else sum(x.nbytes for x in held)
     weights = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
     return sum(weights.values()) - table
 
