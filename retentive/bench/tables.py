@@ -116,6 +116,8 @@ def versus(row: Row, rows: Sequence[Row]) -> str:
 
 
 def size(count: float) -> str:
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
