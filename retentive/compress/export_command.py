@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -17,8 +18,11 @@ from retentive.models.checkpoint import load
 class Options:
     model: tyro.conf.Positional[Path]
     """A model folder, or the folder of a training run."""
-    out: tyro.conf.Positional[Path | None] = None
-    """The folder to write; MODEL-FORMAT beside the model unless given."""
+    out: Annotated[
+        tyro.conf.Positional[Path | None],
+        tyro.conf.arg(metavar="OUT", help_behavior_hint="(default: MODEL-FORMAT)"),
+    ] = None
+    """The folder to write; by default beside the model."""
     format: str = "onnx"
     """onnx or torch-export."""
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -18,8 +19,11 @@ from retentive.models.checkpoint import WEIGHTS, load, load_config, save_model
 class Options:
     model: tyro.conf.Positional[Path]
     """A model folder, or the folder of a training run."""
-    out: tyro.conf.Positional[Path | None] = None
-    """The folder to write; MODEL-TO beside the model unless given."""
+    out: Annotated[
+        tyro.conf.Positional[Path | None],
+        tyro.conf.arg(metavar="OUT", help_behavior_hint="(default: MODEL-TO)"),
+    ] = None
+    """The folder to write; by default beside the model."""
     to: str = "int8"
     """bf16, int8 or int4."""
 
