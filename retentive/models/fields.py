@@ -1,5 +1,6 @@
-"""Checks the values of a config dataclass against its annotations."""
+"""Checks of what a config holds: values against their annotations, and sizes that must fit."""
 
+import math
 import types
 import typing
 from typing import Any, ClassVar, Literal
@@ -47,3 +48,24 @@ def _describe(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_describe(option) for option in options)
     return NAMES.get(hint, f"a {hint.__name__}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise InputError(f"{name} is {value}; give a number above 0")
+
+
+def check_divisible(name: str, value: int, by: int, by_name: str = "num_heads") -> None:
+    if value % by:
+        raise InputError(
+            f"{name} {value} is not divisible by {by_name} {by}; choose a multiple of it"
+        )
+
+
+def check_even(name: str, value: int | None, heads: int) -> None:
+    assert value is not None
+    if (value // heads) % 2:
+        raise InputError(
+            f"{name} {value} over {heads} heads gives the odd head dim {value // heads};"
+            " rotation pairs dims, so choose an even one"
+        )

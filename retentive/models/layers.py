@@ -16,8 +16,8 @@ from retentive.errors import InputError
 from retentive.models.config import (
     Activation,
     Decay,
-    HeadNorm,
     ModelConfig,
+    OptionalNorm,
     RetNetConfig,
     RotationRule,
 )
@@ -75,7 +75,7 @@ class MultiScaleRetention(Recomputing):
         rotation_base: float = 10000.0,
         row_scale: bool = False,
         gate: bool = True,
-        head_norm: HeadNorm = "layernorm",
+        head_norm: OptionalNorm = "layernorm",
         head_norm_eps: float = 1e-6,
     ):
         super().__init__()

@@ -115,7 +115,7 @@ def test_json_there_and_back(config) -> None:
     ("fields", "words"),
     [
         ({"hiden_size": 3}, ["'hiden_size'", "'hidden_size'"]),
-        ({"hidden_act": "swich"}, ["'swich'", "did you mean 'swish'", "gelu or swish"]),
+        ({"hidden_act": "swich"}, ["'swich'", "did you mean 'swish'", "gelu_tanh or swish"]),
         ({"decay": "powr"}, ["'powr'", "did you mean 'power'", "a list of numbers"]),
         ({"decay": [-0.1]}, ["1 log decays", "2 heads"]),
         ({"decay": [0.1, 0.0]}, ["≤ 0"]),
