@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 # Tiny tensors run up to 100x slower on threads that wait for each other; subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,13 @@ import torch
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("repository", deadline=None)
 hypothesis.settings.load_profile("repository")
+
+if find_spec("triton") and not torch.cuda.is_available():
+    # Whether kernels run on the CPU it asks once, when imported; others may import it before
+    # tests/ops/triton does. To all else it is the same.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="session")
