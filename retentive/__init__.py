@@ -7,9 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from retentive.convert.loading import load
     from retentive.data.tokenizer import load_tokenizer
     from retentive.inference.generate import generate
-    from retentive.models.checkpoint import load
     from retentive.models.config import RetNetConfig, TransformerConfig
     from retentive.models.layers import MultiScaleRetention
     from retentive.models.retnet import RetNet
@@ -28,7 +28,7 @@ _HOME = {
     "RetNet": "retentive.models.retnet",
     "Transformer": "retentive.models.transformer",
     "RetNetState": "retentive.models.state",
-    "load": "retentive.models.checkpoint",
+    "load": "retentive.convert.loading",
     "load_tokenizer": "retentive.data.tokenizer",
     "generate": "retentive.inference.generate",
 }

@@ -16,10 +16,12 @@ COMMANDS = {  # name: (module with main(argv) -> exit code or None, help)
     "demo": ("retentive.demo.command", "train a small model on Python's own sources, then use it"),
     "train": ("retentive.train.command", "train a model from a TOML configuration, or go on"),
     "generate": ("retentive.inference.command", "continue prompts with a trained model"),
+    "convert": ("retentive.convert.command", "open anybody's RetNet checkpoint, or write one"),
     "quantize": (
         "retentive.compress.quantize_command",
         "store a model's weights in 16, 8 or 4 bits",
     ),
+    "eval": ("retentive.eval.command", "perplexity, the paper's tasks, recall over distance"),
     "info": ("retentive.info", "parameters, half-lives, state and FLOPs of a model or a size"),
     "export": (
         "retentive.compress.export_command",

@@ -24,10 +24,12 @@ ALLOWED = {  # a room or a module beside the rooms -> the rooms it may import, b
     "train": {"models", "ops", "data", "inference", "arguments"},
     "info": {"models", "ops", "arguments"},
     "compress": {"models", "ops", "data", "arguments"},
+    "eval": {"models", "ops", "data", "inference", "info", "arguments"},
+    "convert": {"models", "ops", "data", "arguments", "compress"},
 }
 MAY_IMPORT_ANYTHING = {"__init__", "__main__", "cli", "bench", "demo"}
 OPTIONAL = {"safetensors", "tokenizers", "tyro", "pydantic", "rich", "matplotlib", "transformers"}
-OPTIONAL |= {"onnx", "onnxscript", "onnx_ir", "onnxruntime"}
+OPTIONAL |= {"huggingface_hub", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "lm_eval"}
 
 
 def room(module: Path) -> str:

@@ -1,0 +1,66 @@
+"""The tokenizer that comes with a checkpoint, as the tokenizer.json that this package reads."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from retentive.convert.source import read_json
+from retentive.data.tokenizer import FILE, load_tokenizer, vocab_size
+from retentive.errors import InputError
+from retentive.models.files import write_text
+
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+BESIDE = ("chat_template.jinja", "generation_config.json")
+OTHERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+"""Of tokenizers that are not yet a tokenizer.json."""
+
+
+def bring_tokenizer(source: Path, out: Path, ids: int) -> list[str]:
+    """Put the tokenizer of folder `source` into `out`; what there is to say about it, in lines.
+
+    ids: how many the model has. Nothing of a checkpoint is run, and a tokenizer that cannot be had
+    is no reason not to have the weights.
+    """
+    files = _copy((FILE, *SETTINGS, *BESIDE, *OTHERS), source, out)
+    if FILE not in files:
+        if not set(files) & set(OTHERS):
+            return [f"{source} holds no tokenizer: none was written"]
+        if reason := _make_fast(out):
+            kind = ", ".join(name for name in files if name in OTHERS)
+            return [f"its tokenizer ({kind}) did not become a {FILE}: {reason}"]
+    try:
+        entries = vocab_size(load_tokenizer(out))
+    except InputError as error:
+        return [str(error)]
+    if entries > ids:
+        return [f"its tokenizer has {entries} ids and the model {ids}: some texts will be refused"]
+    return []
+
+
+def _copy(names: Iterable[str], source: Path, out: Path) -> list[str]:
+    """Those of the files that are there. What names code to run (auto_map) is left out."""
+    there = [name for name in names if (source / name).is_file()]
+    for name in there:
+        shutil.copyfile(source / name, out / name)
+    if SETTINGS[0] in there:
+        settings = read_json(out / SETTINGS[0])
+        settings.pop("auto_map", None)
+        write_text(out / SETTINGS[0], json.dumps(settings, indent=2) + "\n")
+    return there
+
+
+def _make_fast(out: Path) -> str | None:
+    """Write the tokenizer.json of the tokenizer in `out`; the reason where that fails."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        return 'that takes transformers: pip install "retentive[hf]"'
+    with TemporaryDirectory() as alone:  # without the model's config, which may name code
+        _copy((*SETTINGS, *OTHERS), out, Path(alone))
+        try:
+            AutoTokenizer.from_pretrained(alone).backend_tokenizer.save(str(out / FILE))
+        except Exception as error:  # of transformers, tokenizers, sentencepiece, protobuf, ...
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None

@@ -1,0 +1,287 @@
+"""What is written: ours from theirs, theirs from ours, to the bit; and how much memory it takes."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import retentive
+from retentive.cli import main
+from retentive.convert.conversion import convert
+from retentive.convert.weight_files import Stored
+from retentive.convert.writer import write_safetensors
+from retentive.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
+from retentive.models.checkpoint import load_config, save_model
+from retentive.models.config import RetNetConfig
+
+FIXTURES = sorted((Path(__file__).parent / "golden").iterdir())
+WRITTEN = {  # fixture: the dialect it can be written as
+    "D6_fla_hybrid": "fla",
+    "D6_fla_fused_gate": "fla",
+    "D4_syncdoth_v2_lnemb": "torchscale",
+    "D4_syncdoth_v2_tied": "torchscale",
+    "D1_torchscale_deepnorm": "torchscale",
+}
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    for name in ("pytorch_model.bin", "checkpoint.pt"):
+        if (folder / name).exists():
+            return torch.load(folder / name, weights_only=True)
+    return load_file(folder / "model.safetensors")
+
+
+def same(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return given.keys() == expected.keys() and all(
+        given[name].dtype == expected[name].dtype and torch.equal(given[name], expected[name])
+        for name in expected
+    )
+
+
+@pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
+def test_a_converted_folder_is_the_model_that_load_gives(folder, tmp_path, capsys):
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert f"{folder} is " in told and "it holds " in told and "tensors, " in told
+    made, direct = retentive.load(tmp_path / "out"), retentive.load(folder)
+    assert made.config == direct.config
+    assert same(made.state_dict(), direct.state_dict())
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_there_and_back_is_the_same_to_the_bit(golden, name, tmp_path):
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    convert(golden / name, ours)
+    convert(ours, back, to=WRITTEN[name])
+    expected = stored(golden / name)
+    if name == "D6_fla_fused_gate":  # which is written as it has been since
+        for key in [key for key in expected if ".gate_proj." in key]:
+            gate, up = expected[key].chunk(2)
+            expected |= {key: gate, key.replace("gate_proj", "up_proj"): up}
+    if name.startswith("D4"):
+        expected = {key.removeprefix("model."): value for key, value in expected.items()}
+        expected["output_projection.weight"] = expected.pop("lm_head.weight")
+    assert same(load_file(back / "model.safetensors"), expected)
+    given, meant = (json.loads((x / "config.json").read_text()) for x in (back, golden / name))
+    for key in given.keys() & meant.keys() - {
+        "architectures",
+        "model_type",
+        "subln",
+        "hidden_ratio",
+    }:
+        assert given[key] == meant[key], key
+
+    convert(back, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        ours / "model.safetensors"
+    ).read_bytes()
+    assert load_config(tmp_path / "again") == load_config(ours)
+
+    convert(golden / name, tmp_path / "direct", to=WRITTEN[name])
+    assert (tmp_path / "direct" / "model.safetensors").read_bytes() == (
+        back / "model.safetensors"
+    ).read_bytes()
+
+
+def test_dtypes(golden, tmp_path):
+    folder = golden / "D4_syncdoth_v2_lnemb"
+    convert(folder, tmp_path / "half", dtype="bfloat16")
+    made = load_file(tmp_path / "half" / "model.safetensors")
+    kept = retentive.load(folder).state_dict()
+    assert same(made, {name: value.bfloat16() for name, value in kept.items()})
+    convert(tmp_path / "half", tmp_path / "back", to="torchscale")  # stays bfloat16
+    dtypes = {x.dtype for x in load_file(tmp_path / "back" / "model.safetensors").values()}
+    assert dtypes == {torch.bfloat16, torch.float32}  # weights; angles and decays
+
+
+def test_a_folder_of_ours_is_copied(tmp_path):
+    config = RetNetConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, num_heads=2)
+    model = retentive.RetNet(config)
+    save_model(model, tmp_path / "ours")
+    save_tokenizer(byte_tokenizer(), tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "out")
+    assert same(retentive.load(tmp_path / "out").state_dict(), model.state_dict())
+    assert load_tokenizer(tmp_path / "out").get_vocab_size() == 257
+
+    other = tmp_path / "other"  # the same in torch's own file
+    other.mkdir()
+    torch.save(model.state_dict(), other / "pytorch_model.bin")
+    shutil.copyfile(tmp_path / "ours" / "config.json", other / "config.json")
+    assert same(retentive.load(other).state_dict(), model.state_dict())
+
+
+def test_what_fairseq_wraps_around_a_decoder(golden, tmp_path):
+    """{"model": {"decoder.x": ...}, "args": Namespace}, the model's options among many others."""
+    folder = golden / "D1_torchscale_deepnorm"
+    options = json.loads((folder / "config.json").read_text())
+    weights = {f"decoder.{name}": value for name, value in stored(folder).items()}
+    args = argparse.Namespace(**options, lr=[1e-3], seed=1)
+    for cut in (
+        {"args": args},
+        {"args": None, "cfg": {"model": args}},
+        {"cfg": {"model": vars(args)}},
+    ):
+        torch.save({"model": weights, **cut}, tmp_path / "checkpoint_best.pt")
+        model = retentive.load(tmp_path / "checkpoint_best.pt")
+        assert same(model.state_dict(), retentive.load(folder).state_dict())
+
+
+def test_torch_files_of_old(golden, tmp_path):
+    """As torch wrote them before 1.6: not a zip file, so not to be mapped."""
+    shutil.copyfile(golden / "D4_syncdoth_v2_tied" / "config.json", tmp_path / "config.json")
+    weights = stored(golden / "D4_syncdoth_v2_tied")
+    torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    expected = retentive.load(golden / "D4_syncdoth_v2_tied").state_dict()
+    assert same(retentive.load(tmp_path).state_dict(), expected)
+
+
+def test_a_name_on_the_hub(golden, tmp_path, monkeypatch):
+    """Only safetensors are fetched where a repository has them, and never code."""
+    asked = []
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(name, allow_patterns):
+            asked.append(allow_patterns)
+            return str(tmp_path / name)
+
+    for name, files in {
+        "a/safe": ("D6_fla_hybrid/config.json", "D6_fla_hybrid/model.safetensors"),
+        "a/pickled": ("D4_syncdoth_v2_tied/config.json", "D4_syncdoth_v2_tied/pytorch_model.bin"),
+    }.items():
+        (tmp_path / name).mkdir(parents=True)
+        for file in files:
+            shutil.copy(golden / file, tmp_path / name)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    monkeypatch.chdir(golden)
+    retentive.load("a/safe")
+    assert len(asked) == 1
+    retentive.load("a/pickled")
+    assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked[0] + asked[1])
+    assert "*.bin" in asked[2]
+    assert not any(pattern.endswith(".py") or pattern == "*" for x in asked for pattern in x)
+
+
+def test_the_tokenizer_comes_along(golden, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(golden / "D6_fla_hybrid", source)
+    save_tokenizer(byte_tokenizer(), source)
+    settings = {"eos_token": "</s>", "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 0
+    assert "257 ids and the model 97" in capsys.readouterr().out
+    assert load_tokenizer(tmp_path / "out").get_vocab_size() == 257
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
+        "eos_token": "</s>"
+    }
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+
+    (source / "tokenizer.json").write_text("{")
+    assert main(["convert", str(source), str(tmp_path / "broken")]) == 0
+    assert "no tokenizer.json" in capsys.readouterr().out
+
+
+def test_a_slow_tokenizer_becomes_a_fast_one(golden, tmp_path, capsys, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(golden / "D6_fla_hybrid", source)
+    letters = ["<|endoftext|>", "a", "b", "ab"]
+    (source / "vocab.json").write_text(json.dumps({x: i for i, x in enumerate(letters)}))
+    (source / "merges.txt").write_text("#version: 0.2\na b\n")
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 0
+    assert load_tokenizer(tmp_path / "out").encode("abb").tokens == ["ab", "b"]
+
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["convert", str(source), str(tmp_path / "plain")]) == 0
+    told = capsys.readouterr().out
+    assert "vocab.json, merges.txt" in told and 'pip install "retentive[hf]"' in told
+
+
+def test_a_file_is_written_as_the_library_writes_it(tmp_path):
+    tensors = {
+        "z.weight": torch.randn(3, 5),
+        "a.norm": torch.randn(7).bfloat16(),
+        "m.scale": torch.randn(4).double(),
+        "b.codes": torch.randint(0, 9, (3, 3), dtype=torch.int8),
+    }
+    save_file(tensors, tmp_path / "library.safetensors", {"format": "pt"})
+    shapes = {name: Stored(tuple(x.shape), x.dtype) for name, x in tensors.items()}
+    write_safetensors(tmp_path / "ours.safetensors", shapes, reversed(tensors.items()))
+    assert same(load_file(tmp_path / "ours.safetensors"), tensors)
+    ours, library = (tmp_path / f"{x}.safetensors" for x in ("ours", "library"))
+    assert ours.stat().st_size == library.stat().st_size
+
+
+MEASURED = """
+    import resource, sys
+    import torch
+    from retentive.convert.conversion import convert
+    from retentive.convert import tokenizer
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    convert(sys.argv[1], sys.argv[2])
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_memory_is_at_most_about_a_shard(tmp_path, suffix):
+    """Nine shards of about 20 MB: the bound is two, and all are nine."""
+    width, layers = 1024, 8
+    config = {
+        "model_type": "retnet",
+        "vocab_size": 4096,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_heads": 4,
+        "expand_v": 1,
+        "intermediate_size": 2048,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    square, wide = torch.randn(width, width).half(), torch.randn(2048, width).half()
+    weight_map = {}
+
+    def shard(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        stem = "model" if suffix == "safetensors" else "pytorch_model"
+        path = tmp_path / f"{stem}-{number:05}-of-00009.{suffix}"
+        if suffix == "bin":
+            torch.save({name: tensor.clone() for name, tensor in tensors.items()}, path)
+        else:
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+        weight_map.update(dict.fromkeys(tensors, path.name))
+
+    for n in range(layers):
+        layer = {f"attn.{x}_proj.weight": square for x in "qkvgo"}
+        layer |= {f"mlp.{x}_proj.weight": wide for x in ("gate", "up")}
+        layer["mlp.down_proj.weight"] = wide.T.contiguous()
+        layer |= {f"{x}_norm.weight": square[0] for x in ("attn", "mlp")}
+        layer["attn.g_norm_swish_gate.weight"] = square[0, :256]
+        shard(n, {f"model.layers.{n}.{name}": x for name, x in layer.items()})
+    shard(8, {"model.embeddings.weight": wide.repeat(2, 1), "model.norm.weight": square[0]})
+    stem = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    (tmp_path / f"{stem}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(MEASURED),
+        str(tmp_path),
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    total = (tmp_path / "out" / "model.safetensors").stat().st_size / 2**20
+    assert int(result.stdout) < 48 < total / 3
