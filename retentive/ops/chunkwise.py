@@ -84,7 +84,7 @@ class _Segment(NamedTuple):
     def initial(self, state: Tensor | None, like: Tensor, kept: Iterator[Tensor]) -> Tensor:
         """The state before this segment, `[R·H,K,V]`: kept by the forward, given, or zeros."""
         if not self.is_first:
-            return next(kept)
+            return next(kept)[: len(like)]
         return torch.zeros_like(like) if state is None else state[self.sequences].flatten(0, 1)
 
     def load(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,20 +104,29 @@ class _Segment(NamedTuple):
 def _segments(
     cu_seqlens: Tensor | None, batch: int, length: int, heads: int, chunk_size: int
 ) -> Iterator[_Segment]:
-    """Segments in order of time: of all rows at once, or of one sequence after the other."""
-    step = _segment_tokens(batch * heads, chunk_size)
-    whole_batch, bounds = slice(0, batch), [0, length]
-    if cu_seqlens is not None:
-        bounds = sequence_bounds(cu_seqlens, length)
-    for n, (start, stop) in enumerate(pairwise(bounds)):
-        sequences = whole_batch if cu_seqlens is None else slice(n, n + 1)
+    """Segments in order of time: of some rows after the others, or of sequence after sequence."""
+    if cu_seqlens is None:
+        at_once = _rows_at_once(batch, length, heads, chunk_size)
+        rows = [slice(row, min(row + at_once, batch)) for row in range(0, batch, at_once)]
+        runs = [(some, some, 0, length) for some in rows]
+    else:
+        at_once, bounds = 1, sequence_bounds(cu_seqlens, length)
+        runs = [(slice(0, 1), slice(n, n + 1), *ends) for n, ends in enumerate(pairwise(bounds))]
+    step = _segment_tokens(at_once * heads, chunk_size)
+    for rows, sequences, start, stop in runs:
         rest = (stop - start) % chunk_size  # a last chunk that is shorter, by itself
         for a in range(start, stop - rest, step):
             tokens = slice(a, min(a + step, stop - rest))
-            yield _Segment(whole_batch, tokens, sequences, chunk_size, a == start)
+            yield _Segment(rows, tokens, sequences, chunk_size, a == start)
         if rest:
             tokens = slice(stop - rest, stop)
-            yield _Segment(whole_batch, tokens, sequences, rest, rest == stop - start)
+            yield _Segment(rows, tokens, sequences, rest, rest == stop - start)
+
+
+def _rows_at_once(batch: int, length: int, heads: int, chunk_size: int) -> int:
+    """As few as fill a batched product with their chunks: the fewer, the fewer states to keep."""
+    chunks = min(max(1, length // chunk_size), max(1, BATCH // heads))
+    return min(batch, max(1, BATCH // (chunks * heads)))
 
 
 def _segment_tokens(matrices: int, chunk_size: int) -> int:
@@ -128,13 +137,24 @@ def _segment_tokens(matrices: int, chunk_size: int) -> int:
 def _new_kept(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Tensor:
     """Room for the state before every segment that is not the first of its sequence.
 
-    At most so many: a sequence that ends in two short segments is longer than a chunk.
+    Packed sequences need at most so many: one that ends in two short segments is longer than a
+    chunk.
     """
     batch, length, heads, _ = q.shape
-    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    full = length // _segment_tokens(batch * heads, chunk_size)
-    kept = full + min(sequences, length // chunk_size)
-    return q.new_empty(kept, batch * heads, q.shape[3], v.shape[3], dtype=state_dtype(q))
+    if cu_seqlens is None:
+        at_once = _rows_at_once(batch, length, heads, chunk_size)
+        rest = length % chunk_size
+        full = _ceil_div(length - rest, _segment_tokens(at_once * heads, chunk_size))
+        kept = _ceil_div(batch, at_once) * (full + _ceil_div(rest, chunk_size) - 1)
+    else:
+        at_once = 1
+        full = length // _segment_tokens(heads, chunk_size)
+        kept = full + min(cu_seqlens.shape[0] - 1, length // chunk_size)
+    return q.new_empty(kept, at_once * heads, q.shape[3], v.shape[3], dtype=state_dtype(q))
+
+
+def _ceil_div(n: int, by: int) -> int:
+    return -(-n // by)
 
 
 def _times_(x: Tensor, factor: Tensor) -> Tensor:
@@ -201,7 +221,7 @@ def chunkwise(
         decay = full.of_last(segment.chunk_size)
         running = final[segment.sequences].flatten(0, 1)
         if not segment.is_first:
-            next(free).copy_(running)
+            next(free)[: len(running)].copy_(running)
         qs, ks, vs = (segment.load(x, dtype) for x in (q, k, v))
         os = torch.bmm(_scores(qs, ks, decay), vs)
         states = _states(running, _times_(ks, decay.until_end), vs, decay)

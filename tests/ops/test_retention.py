@@ -247,6 +247,25 @@ def test_there_is_room_for_the_state_before_every_segment(lengths, heads, chunk_
     assert needed <= len(_new_kept(q, q, bounds, chunk_size))
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    batch=st.integers(1, 70),
+    length=st.integers(1, 400),
+    heads=st.integers(1, 40),
+    chunk_size=st.integers(1, 150),
+)
+def test_rows_are_worked_on_once_and_keep_no_more_states_than_they_need(
+    batch, length, heads, chunk_size
+):
+    q = torch.empty(batch, length, heads, 1)
+    segments = list(_segments(None, batch, length, heads, chunk_size))
+    seen = torch.zeros(batch, length)
+    for segment in segments:
+        seen[segment.rows, segment.tokens] += 1
+    assert bool((seen == 1).all())
+    assert sum(not s.is_first for s in segments) == len(_new_kept(q, q, None, chunk_size))
+
+
 def test_short_documents_keep_no_states():
     q, k, v, _ = (x.requires_grad_() for x in random_inputs(1, 400, 2, 16, 32))
     cu_seqlens, kept = torch.arange(0, 401, 4), []
