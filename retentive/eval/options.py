@@ -1,0 +1,65 @@
+"""What the options of all evaluations have in common, and the model they open."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from retentive.data.tokenizer import load_tokenizer, vocab_size
+from retentive.devices import resolve_device, resolve_dtype
+from retentive.errors import InputError
+from retentive.eval.results import Results, check_folder, default_folder, identity
+from retentive.models.checkpoint import load, load_config
+from retentive.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[Path]
+    """A model folder, or the folder of a training run."""
+    batch_size: int = 16
+    """Rows read at once."""
+    out: Path | None = None
+    """The folder of this model's results, runs/eval/NAME unless given. What is finished there is
+    not done again."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, mps or auto."""
+    dtype: str = "float32"
+    """float32, bfloat16, float16 or float64."""
+
+    def check(self) -> None:
+        """What can be said before anything is loaded."""
+        check_least("batch_size", self.batch_size)
+        resolve_device(self.device)
+        resolve_dtype(self.dtype)
+        if self.out is not None:
+            check_folder(self.out)
+
+
+def check_least(name: str, value: int | None, least: int = 1) -> None:
+    """InputError where an option is given and too small."""
+    if value is not None and value < least:
+        raise InputError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
+
+
+def open_model(options: Options) -> tuple[LanguageModel, "Tokenizer"]:
+    """InputError where one is missing, or they do not belong together."""
+    path = options.model
+    load_config(path)  # before a large file is read
+    tokenizer = load_tokenizer(path)
+    model = load(path, device=str(resolve_device(options.device)), dtype=options.dtype)
+    if vocab_size(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer in {path} has {vocab_size(tokenizer)} tokens, the model"
+            f" {model.config.vocab_size}; give the tokenizer.json that it was trained with"
+        )
+    return model, tokenizer
+
+
+def open_results(options: Options, model: LanguageModel, tokenizer: "Tokenizer") -> Results:
+    folder = default_folder(options.model) if options.out is None else options.out
+    return Results(folder, str(options.model), identity(model, tokenizer))

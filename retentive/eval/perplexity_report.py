@@ -1,0 +1,190 @@
+"""The report of `retentive eval perplexity`: JSON, two tables, a figure as PNG and SVG."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from retentive.eval.curves import BLOCK, Mean, block_lengths, curve
+from retentive.eval.figures import by_distance, new_figure, save
+from retentive.eval.tables import console
+from retentive.info import size
+from retentive.models.config import RetNetConfig
+from retentive.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from retentive.eval.perplexity import PerplexityOptions, Reading
+
+FORMAT = 1
+
+
+class Measured(NamedTuple):
+    """What reading a document gave: nats of each block of tokens, bytes of the state at its end."""
+
+    blocks: list[float]
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class _Document:
+    name: str
+    tokens: int
+    bytes: int
+    """UTF-8 bytes of those tokens' text."""
+    measured: list[Measured]
+    """By reading."""
+
+
+class Report:
+    def __init__(
+        self, options: "PerplexityOptions", model: LanguageModel, readings: Sequence["Reading"]
+    ):
+        self.options, self.config, self.readings = options, model.config, readings
+        self.documents: list[_Document] = []
+
+    def add(self, name: str, tokens: int, length: int, measured: list[Measured]) -> None:
+        self.documents.append(_Document(name, tokens, length, measured))
+
+    @property
+    def bytes(self) -> int:
+        return sum(document.bytes for document in self.documents)
+
+    def mean(self, reading: int) -> Mean:
+        """Over all tokens of all documents."""
+        return Mean.of(
+            [
+                block
+                for document in self.documents
+                for block in zip(
+                    document.measured[reading].blocks, block_lengths(document.tokens), strict=True
+                )
+            ]
+        )
+
+    def bits_per_byte(self, mean: Mean) -> float:
+        return mean.loss * mean.tokens / math.log(2) / self.bytes
+
+    def curve(self, reading: int) -> list[tuple[int, int, Mean]]:
+        return curve([(d.measured[reading].blocks, d.tokens) for d in self.documents])
+
+    def gain(self, reading: int) -> list[tuple[int, int, Mean]]:
+        """What the same tokens lose in a reading by windows, against the whole: pairs of blocks."""
+        return curve(
+            [
+                (
+                    [
+                        b - a
+                        for a, b in zip(
+                            d.measured[0].blocks, d.measured[reading].blocks, strict=True
+                        )
+                    ],
+                    d.tokens,
+                )
+                for d in self.documents
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "evaluation": "perplexity",
+            "format": FORMAT,
+            "model": str(self.options.model),
+            "dtype": self.options.dtype,
+            "max_tokens": self.options.max_tokens,
+            "bytes": self.bytes,
+            "documents": [
+                {"name": d.name, "tokens": d.tokens, "bytes": d.bytes} for d in self.documents
+            ],
+            "readings": [self._reading(index) for index in range(len(self.readings))],
+        }
+
+    def _reading(self, index: int) -> dict[str, Any]:
+        reading, mean = self.readings[index], self.mean(index)
+        return {
+            **reading._asdict(),
+            "tokens": mean.tokens,
+            "loss": mean.loss,
+            "error": mean.error,
+            "perplexity": math.exp(mean.loss),
+            "bits_per_byte": self.bits_per_byte(mean),
+            "by_document": [sum(d.measured[index].blocks) / d.tokens for d in self.documents],
+            "by_position": [
+                {"from": start, "to": stop, **asdict(part)}
+                for start, stop, part in self.curve(index)
+            ],
+            "state_bytes": max(d.measured[index].state_bytes for d in self.documents) or None,
+        }
+
+    def show(self, folder: Path) -> None:
+        from rich.table import Table
+
+        out = console()
+        documents = len(self.documents)
+        title = f"{documents:,} document{'s' * (documents > 1)}, {self.bytes:,} bytes"
+        table = Table(title=title, title_justify="left")
+        table.add_column("read")
+        for name in ("tokens", "nats a token", "perplexity", "bits per byte"):
+            table.add_column(name, justify="right")
+        for index, reading in enumerate(self.readings):
+            mean = self.mean(index)
+            numbers = f"{mean.tokens:,}", mean.show(), f"{math.exp(mean.loss):,.2f}"
+            table.add_row(reading.name, *numbers, f"{self.bits_per_byte(mean):.4f}")
+        out.print(table)
+        out.print(self._by_position())
+        out.print(self._footnote())
+        out.print(f"all of it in {folder}")
+
+    def _by_position(self) -> Any:
+        """A row a doubling of the context; beside each window what it loses against the whole."""
+        from rich.table import Table
+
+        whole = self.readings[0].window is None
+        table = Table(title="nats a token, by the tokens before it", title_justify="left")
+        table.add_column("context", justify="right")
+        table.add_column("tokens", justify="right")
+        for index, reading in enumerate(self.readings):
+            table.add_column(reading.name, justify="right")
+            if whole and index:
+                table.add_column("- whole", justify="right")
+        curves = [self.curve(index) for index in range(len(self.readings))]
+        gains = [self.gain(index) for index in range(len(self.readings))] if whole else []
+        for row, (start, stop, mean) in enumerate(curves[0]):
+            cells = [f"{start:,} - {stop - 1:,}", f"{mean.tokens:,}"]
+            for index in range(len(self.readings)):
+                cells.append(curves[index][row][2].show())
+                if whole and index:
+                    cells.append(gains[index][row][2].show(sign="+"))
+            table.add_row(*cells)
+        return table
+
+    def _footnote(self) -> str:
+        lines = [f"± standard errors, blocks of {BLOCK} tokens as samples."]
+        if self.readings[0].window is None:
+            longest = max(d.tokens for d in self.documents)
+            held = max(d.measured[0].state_bytes for d in self.documents)
+            lines.append(f"Whole: state carried, {size(held)} after {longest:,} tokens.")
+        else:
+            lines.append("By windows only: a Transformer's cache grows with every token it keeps.")
+        lines += [
+            f"Window {r.window}: rows from an empty state, {r.stride} tokens apart."
+            for r in self.readings
+            if r.window is not None
+        ]
+        return "\n".join(lines)
+
+    def draw(self, folder: Path) -> None:
+        """As perplexity.png and .svg: a line a reading, with its standard error."""
+        figure = new_figure("Loss by the tokens before")
+        axes = figure.subplots()
+        for index, reading in enumerate(self.readings):
+            points = [(math.sqrt(max(a, 1) * b), mean) for a, b, mean in self.curve(index)]
+            at = [x for x, _ in points]
+            means = [mean.loss for _, mean in points]
+            errors = [mean.error or 0.0 for _, mean in points]
+            axes.errorbar(at, means, yerr=errors, marker="o", ms=4, capsize=2, label=reading.name)
+        config = self.config if isinstance(self.config, RetNetConfig) else None
+        by_distance(axes, "tokens before", config)
+        axes.set_ylabel("nats a token")
+        axes.legend(frameon=False)
+        save(figure, folder / "perplexity")

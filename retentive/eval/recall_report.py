@@ -1,0 +1,162 @@
+"""The report of `retentive eval recall`: JSON, a table, a figure as PNG and SVG."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from retentive.eval.figures import by_distance, half_lives, new_figure, save
+from retentive.eval.tables import console
+from retentive.models.config import ModelConfig, RetNetConfig
+from retentive.ops.decay import log_decay
+
+if TYPE_CHECKING:
+    from retentive.eval.recall import RecallOptions
+
+FORMAT = 1
+
+
+class Answer(NamedTuple):
+    """Of one sample at one distance, means over its questions."""
+
+    chosen: float
+    """The right candidate was the likeliest."""
+    greedy: float
+    """Each of its tokens was the likeliest of the vocabulary."""
+    nats: float
+    """-log p of the right candidate among the candidates."""
+
+    @classmethod
+    def of(cls, questions: Sequence[tuple[list[float], bool, int]]) -> Self:
+        """Of (log-likelihoods of the candidates, right one greedy, place of the right one)."""
+        chosen, greedy, nats = [], [], []
+        for found, was_greedy, right in questions:
+            best = max(found)
+            chosen.append(float(found[right] == best))
+            greedy.append(float(was_greedy))
+            total = best + math.log(sum(math.exp(x - best) for x in found))
+            nats.append(total - found[right])
+        return cls(fmean(chosen), fmean(greedy), fmean(nats))
+
+
+class Score(NamedTuple):
+    """A mean over samples and its standard error, None of a single one."""
+
+    mean: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(fmean(values), error)
+
+    def show(self) -> str:
+        error = "" if self.error is None else f" ± {self.error:.3f}"
+        return f"{self.mean:.3f}{error}"
+
+
+class Report:
+    def __init__(
+        self,
+        options: "RecallOptions",
+        config: ModelConfig,
+        chances: dict[str, float],
+    ):
+        self.options, self.chances = options, chances
+        self.config = config if isinstance(config, RetNetConfig) else None
+        self.answers: dict[str, list[list[Answer]]] = {}
+        """By probe, sample and distance."""
+
+    def scores(self, probe: str, what: str) -> list[Score]:
+        """By distance."""
+        by_distance = zip(*self.answers[probe], strict=True)
+        return [Score.of([getattr(answer, what) for answer in column]) for column in by_distance]
+
+    def to_dict(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "evaluation": "recall",
+            "format": FORMAT,
+            "model": str(options.model),
+            "dtype": options.dtype,
+            "samples": options.samples,
+            "pairs": options.pairs,
+            "seed": options.seed,
+            "half_lives": self._half_lives(),
+            "distances": options.distances,
+            "probes": {probe: self._probe(probe) for probe in self.answers},
+        }
+
+    def _half_lives(self) -> list[float | None]:
+        """Of each head; None for one that never forgets."""
+        lives = [] if self.config is None else half_lives(self.config)
+        return [None if math.isinf(tokens) else tokens for tokens in lives]
+
+    def _probe(self, probe: str) -> dict[str, Any]:
+        columns = {what: self.scores(probe, what) for what in Answer._fields}
+        return {
+            "chance": self.chances[probe],
+            **{what: [score._asdict() for score in scores] for what, scores in columns.items()},
+        }
+
+    def show(self, folder: Path) -> None:
+        from rich.table import Table
+
+        options, out = self.options, console()
+        title = f"recall over distance, {options.samples} texts of each probe"
+        table = Table(title=title, title_justify="left")
+        table.add_column("tokens\nbetween", justify="right")
+        if self.config is not None:
+            table.add_column("heads that hold half\n(slowest holds)", justify="right")
+        for probe in self.answers:
+            table.add_column(f"{probe}\nof candidates", justify="right")
+            table.add_column(f"{probe}\nof all tokens", justify="right")
+        columns = [
+            [score.show() for score in self.scores(probe, what)]
+            for probe in self.answers
+            for what in ("chosen", "greedy")
+        ]
+        for row, distance in enumerate(options.distances):
+            held = [] if self.config is None else [self._held(self.config, distance)]
+            table.add_row(f"{distance:,}", *held, *(column[row] for column in columns))
+        out.print(table)
+        chances = ", ".join(f"{probe} {self.chances[probe]:.3g}" for probe in self.answers)
+        out.print(
+            f"The share of right answers ± standard error. Chance among candidates: {chances}."
+        )
+        if self.config is not None:
+            lives = ", ".join(f"{tokens:,.0f}" for tokens in half_lives(self.config))
+            out.print(f"Half-lives of the heads, in tokens: {lives}.")
+        out.print(f"all of it in {folder}")
+
+    @staticmethod
+    def _held(config: RetNetConfig, distance: int) -> str:
+        """How many heads still hold half of what they read so long ago, and the slowest's part."""
+        beyond = sum(tokens >= distance for tokens in half_lives(config))
+        slowest = float(log_decay(config.num_heads, config.decay).max())
+        return f"{beyond} of {config.num_heads} ({math.exp(distance * slowest):.2g})"
+
+    def draw(self, folder: Path) -> None:
+        """As recall.png and .svg: a line a probe, its chance dashed."""
+        figure = new_figure("Recall over distance")
+        axes = figure.subplots()
+        for number, probe in enumerate(self.answers):
+            scores = self.scores(probe, "chosen")
+            color = f"C{number}"
+            axes.errorbar(
+                self.options.distances,
+                [score.mean for score in scores],
+                yerr=[score.error or 0.0 for score in scores],
+                marker="o",
+                ms=4,
+                capsize=2,
+                color=color,
+                label=probe,
+            )
+            axes.axhline(self.chances[probe], color=color, linestyle="--", linewidth=1)
+        by_distance(axes, "tokens between", self.config)
+        axes.set_ylabel("right among the candidates (dashed: chance)")
+        axes.set_ylim(-0.03, 1.03)
+        axes.legend(frameon=False)
+        save(figure, folder / "recall")

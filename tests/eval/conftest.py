@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from retentive.data.tokenizer import save_tokenizer, train_tokenizer
+from retentive.models.checkpoint import save_model
+from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.language_model import LanguageModel
+from retentive.models.retnet import RetNet
+from retentive.models.transformer import Transformer
+
+WORDS = (
+    "the retentive network reads a token and keeps a state of it that never grows at all".split()
+)
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
+
+
+def text(words: int, skip: int = 3) -> str:
+    """`words` words without end of a repeating pattern."""
+    return " ".join(WORDS[(n * skip + n // 5) % len(WORDS)] for n in range(words))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Byte-level BPE with a few merges: contexts and continuations tokenize as one text."""
+    return train_tokenizer([text(2000)], 320)
+
+
+def build(kind: str, vocab_size: int) -> LanguageModel:
+    if kind == "transformer":
+        model = Transformer(TransformerConfig(vocab_size=vocab_size, **SMALL, num_kv_heads=1))
+    else:
+        model = RetNet(RetNetConfig(vocab_size=vocab_size, **SMALL))
+    model.init_weights(seed=0)
+    return model.double().eval()
+
+
+@pytest.fixture(scope="session", params=["retnet", "transformer"])
+def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> LanguageModel:
+    """In float64."""
+    return build(request.param, tokenizer.get_vocab_size())
+
+
+@pytest.fixture(scope="session")
+def retnet(tokenizer: Tokenizer) -> LanguageModel:
+    return build("retnet", tokenizer.get_vocab_size())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the model folder runs/demo in it, a RetNet."""
+    monkeypatch.chdir(tmp_path)
+    return write_model(Path("runs/demo"), "retnet", tokenizer)
+
+
+def write_model(path: Path, kind: str, tokenizer: Tokenizer) -> Path:
+    save_model(build(kind, tokenizer.get_vocab_size()).float(), path)
+    save_tokenizer(tokenizer, path)
+    return path
+
+
+def report(name: str, out: Path = Path("runs/eval/demo")) -> dict:
+    return json.loads((out / f"{name}.json").read_text())
