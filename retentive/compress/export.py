@@ -162,7 +162,7 @@ def trace(model: RetNet, graph: str) -> ExportedProgram:
 
 def describe(model: RetNet, format: str, end_token: int | None) -> dict[str, Any]:
     """What a program needs to run the graphs, as JSON. In a step "length" is 1."""
-    _, *sizes = model.layer_signature
+    _, *sizes = model.blocks[0].state_signature
     layers = range(len(model.layers))
     state = {"dtype": "float32", "shape": ["batch", *sizes]}
     positions = {"dtype": "int64", "shape": ["batch"]}
@@ -249,6 +249,9 @@ def _plain(model: LanguageModel) -> RetNet:
             f"this is a {type(model).__name__}, only a RetNet is exported:"
             " its state has one size whatever it has read"
         )
+    for field, what in (("attention_layers", "attention layers"), ("xpos_base", "xPos")):
+        if getattr(model.config, field):
+            raise InputError(f"the model has {what} ({field}), which an export cannot hold yet")
     if model.packed_from is not None:
         raise InputError(
             "the model was packed for inference; export it before pack_, or load it anew"

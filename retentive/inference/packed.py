@@ -14,7 +14,7 @@ from retentive.errors import InputError
 from retentive.models.files import fingerprint
 from retentive.models.language_model import LanguageModel
 from retentive.models.layers import FeedForward, MultiScaleRetention
-from retentive.models.quantized import QuantizedLinear
+from retentive.models.quantized import QuantizedLinear, joined_bias
 
 ROWS = 8  # that the layout is chosen for: few rows are bound by memory, at many it matters little
 
@@ -22,15 +22,16 @@ Model = TypeVar("Model", bound=LanguageModel)
 
 
 class PackedLinear(nn.Module):
-    """x Wᵀ for x `[...,in]`; `weight` `[out,in]` is copied into the kernel's layout."""
+    """x Wᵀ + b for x `[...,in]`; `weight` `[out,in]` is copied into the kernel's layout."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
 
 class FusedProjections(nn.Module):
@@ -45,7 +46,8 @@ class FusedProjections(nn.Module):
         if quantized:
             self._linear = QuantizedLinear.fused(quantized).prepare_()
         else:
-            self._linear = PackedLinear(torch.cat([linear.weight for linear in linears]))
+            weight = torch.cat([linear.weight for linear in linears])
+            self._linear = PackedLinear(weight, joined_bias(linears))
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
         return (*self._linear(x).split(self._widths, -1), *self._missing)
@@ -75,7 +77,7 @@ def pack_(model: Model) -> Model:
             _fuse(module, ("up_proj", "gate_proj"))
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight))
+                setattr(module, name, PackedLinear(child.weight, child.bias))
             elif isinstance(child, QuantizedLinear) and module is not model.embed_tokens:
                 child.prepare_()
     if model.lm_head is None and isinstance(model.embed_tokens, nn.Embedding):

@@ -14,7 +14,6 @@ from retentive.models.language_model import LanguageModel
 from retentive.models.layout import rotate
 from retentive.models.retnet import RetNet, RetNetBlock
 from retentive.models.state import RetNetState
-from retentive.ops.decay import log_decay
 
 AHEAD = 32  # positions whose angles are computed at once
 
@@ -34,7 +33,9 @@ class Runner(Protocol):
 
 def runner(model: LanguageModel, state: RetNetState) -> Runner:
     """Goes on from `state`, which stays as it is."""
-    return DecodeRunner(model, state) if isinstance(model, RetNet) else ModelRunner(model, state)
+    if isinstance(model, RetNet) and not model.config.attention_layers:
+        return DecodeRunner(model, state)
+    return ModelRunner(model, state)
 
 
 class ModelRunner:
@@ -58,32 +59,41 @@ class DecodeRunner:
     def __init__(self, model: RetNet, state: RetNetState):
         self.model, self.state = model, state.clone()
         self._blocks = cast(list[RetNetBlock], list(model.layers))
-        gamma = log_decay(model.config.num_heads, model.config.decay).exp()
-        self._gamma = gamma.to(model.device, model.exact_dtype)[:, None, None]
+        decays = (block.retention.state_decay.unsqueeze(-1) for block in self._blocks)
+        self._gammas = [decay.to(model.device, model.exact_dtype) for decay in decays]
         self._angles: list[tuple[Tensor, Tensor]] = []  # of the positions to come, the next last
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         x = self.model.embed(tokens)
         cos, sin = self._next_angles()
-        for block, layer_state in zip(self._blocks, self.state.layers, strict=True):
-            x = self._block(block, x, layer_state.S, cos, sin)
+        layers = zip(self._blocks, self.state.layers, self._gammas, strict=True)
+        for block, layer_state, gamma in layers:
+            x = self._block(block, x, layer_state.S, gamma, cos, sin)
         self.state.positions.add_(1)
         return self.model.head(self.model.norm(x))
 
-    def _block(self, block: RetNetBlock, x: Tensor, S: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x `[B,D]` through a block, S `[B,H,K,V]`, cos and sin `[B,2,H|1,K]`."""
-        retention = block.retention
-        q, k, v, gate = retention.project(block.retention_norm(x))
-        qk = torch.stack((q, k), 1).unflatten(-1, S.shape[1:3]).to(S.dtype)
-        q, k = rotate(qk, cos, sin).unbind(1)
-        o = self._retain(S, q, k, v.unflatten(-1, (S.shape[1], -1)).to(S.dtype))
-        x = x + retention.output(o.to(x.dtype), gate)
-        return x + block.ffn(block.ffn_norm(x))
+    def _block(
+        self, block: RetNetBlock, x: Tensor, S: Tensor, gamma: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """x `[B,D]` through a block, S `[B,H,K,V]`, gamma `[H,1|K,1]`, cos, sin `[B,2,H|1,K]`."""
+        retention, (K, V) = block.retention, S.shape[2:]
 
-    def _retain(self, S: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """S ← γ S + kᵀ v, o = q S for q, k `[B,H,K]` and v `[B,H,V]` (paper §2.2)."""
-        S.mul_(self._gamma)
+        def mix(h: Tensor) -> tuple[Tensor, None]:
+            q, k, v, gate = retention.project(h)
+            q, k, v = (y.unflatten(-1, (-1, n)) for y, n in ((q, K), (k, K), (v, V)))
+            q, k = rotate(torch.stack((q, retention.share(k)), 1).to(S.dtype), cos, sin).unbind(1)
+            o = self._retain(S, gamma, q, k, retention.share(v).to(S.dtype))
+            return retention.output(o.to(h.dtype), gate), None
+
+        return block.around(x, mix)[0]
+
+    def _retain(self, S: Tensor, gamma: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """S ← γ S + kᵀ v, o = q S for q, k `[B,H,K]` and v `[B,H,V]` (paper §2.2).
+
+        With xPos γ is that of a channel, a row of S.
+        """
+        S.mul_(gamma)
         matrices = S.flatten(0, 1)
         matrices.baddbmm_(k.flatten(0, 1).unsqueeze(2), v.flatten(0, 1).unsqueeze(1))
         return torch.bmm(q.flatten(0, 1).unsqueeze(1), matrices).view(v.shape)

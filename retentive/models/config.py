@@ -85,9 +85,9 @@ class ModelConfig:
     head_bias: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in NESTED.items():
+        for name in NESTED:
             if isinstance(fields := getattr(self, name, None), dict):
-                self._resolve(name, from_fields(kind, name, fields))
+                self._resolve(name, from_fields(name, fields))
         check_types(self)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             check_positive(name, getattr(self, name))
@@ -155,8 +155,8 @@ class RetNetConfig(ModelConfig):
                         "rope-across-heads", θ_hp = base^(-2(h K/2 + p)/(H K))
     rotary_dim          how many of the K dims turn: the pairs p < rotary_dim/2, whose θ_p are those
                         of a head of rotary_dim dims; all unless given
-    xpos_base           q is scaled by ζ_p^(n/base), k by ζ_p^(-n/base), ζ_p = (i + 0.4) / 1.4 where
-                        i is the place, from 0 up to 1, of p among all that turn (arXiv 2212.10554)
+    xpos_base           q is scaled by ζ_p^(n/base), k by ζ_p^(-n/base), ζ = (e + 0.4) / 1.4 where
+                        θ = rotation_base^(-e) (xPos, arXiv 2212.10554)
     row_scale           row n times 1/√Σ_{i≤n} γ^i (paper §2.1), as the authors' code has it
     num_kv_heads        fewer than num_heads: groups of consecutive heads share keys and values
     qkv_bias, gate_bias, out_bias    of the projections q, k and v; of g; of o

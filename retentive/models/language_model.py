@@ -4,7 +4,8 @@ Shapes: B rows, T tokens, D width; tokens `[B,T]`, hidden states `[B,T,D]`, logi
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,42 +15,52 @@ from torch.utils.checkpoint import checkpoint
 
 from retentive.errors import InputError
 from retentive.models import layout as layouts
+from retentive.models.block import Block
 from retentive.models.config import ModelConfig
-from retentive.models.layers import Recomputing, dropout, norm
+from retentive.models.layers import Recomputing, Scaled, dropout, norm, reset_vectors
 from retentive.models.layout import Angles, Layout, Rotation
 from retentive.models.linear import Linear
 from retentive.models.loss import linear_cross_entropy
 from retentive.models.quantized import QuantizedEmbedding, QuantizedLinear, use_quantized_layers
-from retentive.models.state import LayerState, RetNetState
+from retentive.models.state import RetNetState
 
 
 class LanguageModel(nn.Module):
     """Embedding, blocks, norm, head. Prefill, decoding and continuation are one and the same call.
 
-    A model has its blocks, each `block(x, layer_state, layout) -> (x, layer_state)`, the rotation
-    of its positions, and the kind of its layers' states (`empty_layer_state`).
+    A model has its layers (`retentive.models.block`) and the rotation of its positions; a hybrid's
+    attention layers have one of their own.
 
     Built under `torch.device("meta")` it has shapes only; elsewhere weights are initialised, too.
     `checkpoint_layers`: in training keep the inputs of the blocks only and compute the rest again.
     """
 
-    def __init__(self, config: ModelConfig, blocks: Sequence[nn.Module], rotation: Rotation):
+    def __init__(
+        self,
+        config: ModelConfig,
+        blocks: Sequence[Block],
+        rotation: Rotation,
+        attention_rotation: Rotation | None = None,
+    ):
         super().__init__()
         self.config = config
         self.rotation = rotation
+        self.attention_rotation = attention_rotation
         self.embed_tokens: nn.Embedding | QuantizedEmbedding
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_scale = nn.Identity() if config.embed_scale == 1 else Scaled(config.embed_scale)
+        self.embed_norm = norm(config) if config.embed_norm else nn.Identity()
         self.dropout = dropout(config)
         self.layers = nn.ModuleList(blocks)
-        self.norm = norm(config)
+        self.norm = norm(config) if config.final_norm else nn.Identity()
         self.lm_head = None
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, config.head_bias)
         if config.quantization is not None:
             use_quantized_layers(self, config.quantization)
         self.checkpoint_layers = False
         self.packed_from: str | None = None  # the fingerprint before `inference.packed`
-        if not self.norm.weight.is_meta:
+        if self.device.type != "meta":
             self.init_weights()
 
     @property
@@ -119,7 +130,9 @@ class LanguageModel(nn.Module):
 
         The logits never exist as a whole (`retentive.models.loss`).
         """
-        return linear_cross_entropy(h, self.head_weight, targets, reduction)
+        weight = self.head_weight
+        bias = None if self.lm_head is None else self.lm_head.bias
+        return linear_cross_entropy(h, weight, targets, reduction, bias)
 
     # Layouts
 
@@ -131,13 +144,13 @@ class LanguageModel(nn.Module):
         shape = (tokens.shape[0], tokens.shape[1])
         start = None if state is None else self._positions(state, shape[0])
         if padding_mask is None:
-            return layouts.dense(self.angles, shape, start, tokens.device)
+            return self._for_attention(layouts.dense(self.angles, shape, start, tokens.device))
         if padding_mask.shape != shape:
             raise InputError(
                 f"padding_mask is {list(padding_mask.shape)} for tokens {list(shape)};"
                 " give an entry for each token"
             )
-        return layouts.padded(self.angles, padding_mask.bool(), start)
+        return self._for_attention(layouts.padded(self.angles, padding_mask.bool(), start))
 
     def packed_layout(
         self, cu_seqlens: Tensor, *, rows: int | None = None, state: RetNetState | None = None
@@ -146,7 +159,16 @@ class LanguageModel(nn.Module):
         start = None
         if state is not None:
             start = self._positions(state, len(cu_seqlens) - 1 if rows is None else rows)
-        return layouts.packed(self.angles, cu_seqlens, rows, start, self.device)
+        layout = layouts.packed(self.angles, cu_seqlens, rows, start, self.device)
+        return self._for_attention(layout)
+
+    def _for_attention(self, layout: Layout) -> Layout:
+        """With the angles of a hybrid's attention layers."""
+        if self.attention_rotation is None:
+            return layout
+        return replace(
+            layout, attention=self.attention_rotation(layout.positions, self.exact_dtype)
+        )
 
     def angles(self, positions: Tensor) -> Angles:
         """Of int64 positions `[B|1,T]`, in the model's `exact_dtype`."""
@@ -156,40 +178,36 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int, capacity: int | None = None) -> RetNetState:
         """The state of rows that have read nothing, with room for `capacity` tokens if it grows."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
         positions = torch.zeros(batch, dtype=torch.int64, device=self.device)
         return RetNetState(
-            positions, [self.empty_layer_state(batch, capacity) for _ in self.layers]
+            positions, [block.empty_state(batch, capacity, like) for block in self.blocks]
         )
 
-    def empty_layer_state(self, batch: int, capacity: int | None) -> LayerState:
-        raise NotImplementedError
-
     @property
-    def layer_signature(self) -> tuple[Any, ...]:
-        """The `signature` of this model's layer states."""
-        raise NotImplementedError
+    def blocks(self) -> list[Block]:
+        """The layers, for type checkers."""
+        return cast(list[Block], list(self.layers))
 
     def init_weights(self, seed: int | None = None) -> None:
         """Values for all parameters by `config.initialization`; a seed makes them reproducible."""
         if self.config.quantization is not None:
             raise InputError("a quantised model has no initial weights; quantise a trained one")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                module.reset_parameters()
+        reset_vectors(self)
         std = self.config.hidden_size**-0.5
         init.normal_(self.embed_tokens.weight, 0.0, std, generator)
         if self.lm_head is not None:
             init.normal_(self.lm_head.weight, 0.0, std, generator)
-        for block in self.layers:
-            block.init_weights(self.config, generator)  # pyright: ignore[reportCallIssue]
+        for block in self.blocks:
+            block.init_weights(self.config, generator)
 
     def num_parameters(self) -> int:
         """Of all weights, quantised or not; a tied one counts once. InputError if packed."""
         self.check_unpacked()
         quantized = (layer for layer in self.modules() if isinstance(layer, QuantizedLinear))
         return sum(weight.numel() for weight in self.parameters()) + sum(
-            layer.in_features * layer.out_features for layer in quantized
+            layer.num_parameters for layer in quantized
         )
 
     @property
@@ -200,11 +218,11 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.norm.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def exact_dtype(self) -> torch.dtype:
@@ -220,11 +238,12 @@ class LanguageModel(nn.Module):
             )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings `[...,D]` of tokens `[...]`; what are embeddings already stay as they are."""
+        """What the first layer reads, `[...,D]`, of tokens `[...]` or of rows of `embed_tokens`."""
         if tokens.is_floating_point():
-            return tokens
+            return self.embed_norm(self.embed_scale(tokens))
         try:
-            return self.embed_tokens(tokens).to(self.dtype)  # a quantised table gives float32
+            x = self.embed_tokens(tokens).to(self.dtype)  # a quantised table gives float32
+            return self.embed_norm(self.embed_scale(x))
         except IndexError:
             raise InputError(
                 f"tokens run from {int(tokens.min())} to {int(tokens.max())};"
@@ -268,7 +287,7 @@ class LanguageModel(nn.Module):
         if state is None:
             return
         self._positions(state, layout.rows)
-        expected = [self.layer_signature] * len(self.layers)
+        expected = [block.state_signature for block in self.blocks]
         if [layer.signature for layer in state.layers] != expected:
             raise InputError(
                 "the state is of another model; give one that this model made, or None"

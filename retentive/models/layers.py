@@ -3,8 +3,9 @@
 Shapes: B rows, T tokens, D width, H heads, K and V head dims; x `[B,T,D]`, state `[B,H,K,V]`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn import init
 from torch.utils.checkpoint import checkpoint
 
-from retentive.errors import InputError
+from retentive.errors import InputError, nearest
 from retentive.models.config import (
     Activation,
     Decay,
@@ -21,20 +22,17 @@ from retentive.models.config import (
     RetNetConfig,
     RotationRule,
 )
-from retentive.models.layout import Constant, Layout, Rotation, rotate
+from retentive.models.layout import Constant, Layout, Rotation, exponents, rotate
 from retentive.models.linear import Linear
+from retentive.models.xpos import XPosRetention
 from retentive.ops import retention
 from retentive.ops.decay import log_decay
 
-ACTIVATIONS = {"gelu": F.gelu, "swish": F.silu}
-
-
-def _unnormed(x: Tensor, normalized_shape: Sequence[int], eps: float) -> Tensor:
-    """In the place of a norm where there is none."""
-    return x
-
-
-HEAD_NORMS = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm, "none": _unnormed}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "swish": F.silu,
+}
 
 
 class Recomputing(nn.Module):
@@ -53,67 +51,80 @@ class Recomputing(nn.Module):
         return checkpoint(segment, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
+class RetentionOptions(TypedDict, total=False):
+    """The fields of `RetNetConfig` that are a retention layer's."""
+
+    qk_dim: int | None
+    value_dim: int | None
+    decay: Decay
+    rotation: RotationRule
+    rotation_base: float
+    rotary_dim: int | None
+    xpos_base: float | None
+    row_scale: bool
+    num_kv_heads: int | None
+    gate: bool
+    gate_act: Activation
+    head_norm: OptionalNorm
+    head_norm_eps: float
+    head_norm_affine: bool
+    qkv_bias: bool
+    gate_bias: bool
+    out_bias: bool
+
+
 class MultiScaleRetention(Recomputing):
     """Gated multi-scale retention: MSR(X) = (swish(X W_G) ⊙ HeadNorm(Retention(X))) W_O.
 
     Without a gate there is no `g_proj`: MSR(X) = HeadNorm(Retention(X)) W_O.
 
-    Usable in any model. The options mean what they mean in `RetNetConfig`; its weights are
-    initialised as the authors' code does. The attributes `form`, `backend` and `chunk_size` choose
-    how retention is computed, not what (`retentive.ops`).
+    Usable in any model: `MultiScaleRetention(width, num_heads, **options)`, with the options of
+    `RetentionOptions`, which mean what they mean in `RetNetConfig`; its weights are initialised as
+    the authors' code does. The attributes `form`, `backend` and `chunk_size` choose how retention
+    is computed, not what (`retentive.ops`).
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        *,
-        qk_dim: int | None = None,
-        value_dim: int | None = None,
-        decay: Decay = "power",
-        rotation: RotationRule = "official",
-        rotation_base: float = 10000.0,
-        row_scale: bool = False,
-        gate: bool = True,
-        head_norm: OptionalNorm = "layernorm",
-        head_norm_eps: float = 1e-6,
-    ):
+    def __init__(self, hidden_size: int, num_heads: int, **options: Unpack[RetentionOptions]):
         super().__init__()
+        known = RetentionOptions.__annotations__
+        for name in options.keys() - known.keys():
+            raise InputError(
+                f"unknown option {name!r}{nearest(name, known)}; known are {', '.join(known)}"
+            )
         config = RetNetConfig(  # fills in and checks
             vocab_size=1,
             hidden_size=hidden_size,
             num_hidden_layers=1,
             num_heads=num_heads,
-            qk_dim=qk_dim,
-            value_dim=value_dim,
-            decay=decay,
-            rotation=rotation,
-            rotation_base=rotation_base,
-            row_scale=row_scale,
-            gate=gate,
-            head_norm=head_norm,
-            head_norm_eps=head_norm_eps,
+            **options,
         )
-        self.num_heads = num_heads
-        self.head_norm = HEAD_NORMS[head_norm]
-        self.head_norm_eps = head_norm_eps
+        self.num_heads, self.num_kv_heads = num_heads, config.kv_heads
+        self.state_shape = (num_heads, config.qk_head_dim, config.value_head_dim)
         self.form: str = "auto"
         self.backend: str = "auto"
         self.chunk_size: int | None = None
 
-        decays = log_decay(num_heads, decay)
-        K, V = config.qk_head_dim, config.value_head_dim
-        self.log_decay = Constant(decays)
-        scale_by = decays if row_scale else None
-        self.rotation = Rotation(K, rotation, rotation_base, K**-0.5, scale_by)
-        self.q_proj = Linear(hidden_size, num_heads * K)
-        self.k_proj = Linear(hidden_size, num_heads * K)
-        self.v_proj = Linear(hidden_size, num_heads * V)
-        self.g_proj = Linear(hidden_size, num_heads * V) if gate else None
-        self.o_proj = Linear(num_heads * V, hidden_size)
+        K, V, G = config.qk_head_dim, config.value_head_dim, config.kv_heads
+        self.log_decay = Constant(log_decay(num_heads, config.decay))
+        self.rotation = rotation(config)
+        self.retain = xpos_retention(config) or retention
+        self.share = Repeated(num_heads // G) if G < num_heads else nn.Identity()
+        self.q_proj = Linear(hidden_size, num_heads * K, config.qkv_bias)
+        self.k_proj = Linear(hidden_size, G * K, config.qkv_bias)
+        self.v_proj = Linear(hidden_size, G * V, config.qkv_bias)
+        self.g_proj = Linear(hidden_size, num_heads * V, config.gate_bias) if config.gate else None
+        self.gate_act = ACTIVATIONS[config.gate_act]
+        self.head_norm = head_norm(config)
+        self.o_proj = Linear(num_heads * V, hidden_size, config.out_bias)
         self.fused_proj: nn.Module | None = None
         if not self.o_proj.weight.is_meta:
             self.init_weights("official", 1)
+
+    @classmethod
+    def of(cls, config: RetNetConfig) -> Self:
+        """The layer of a model."""
+        options = {name: getattr(config, name) for name in RetentionOptions.__annotations__}
+        return cls(config.hidden_size, config.num_heads, **cast(RetentionOptions, options))
 
     def forward(
         self,
@@ -133,12 +144,13 @@ class MultiScaleRetention(Recomputing):
         if layout is None:
             layout = self._layout(x, state, positions)
         angles = layout.angles
-        *qkv, gate = self.project(x)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)
-        o, final = retention(
+        q, k, v, gate = self.project(x)
+        q = q.unflatten(-1, (self.num_heads, -1))
+        k, v = (y.unflatten(-1, (self.num_kv_heads, -1)) for y in (k, v))
+        o, final = self.retain(
             rotate(q, angles.cos, angles.sin),
-            rotate(k, angles.key_cos, angles.key_sin),
-            v,
+            self.share(rotate(k, angles.key_cos, angles.key_sin)),
+            self.share(v),
             self.log_decay.on(x.device),
             state=layout.enter(state),
             cu_seqlens=layout.cu_seqlens,
@@ -151,7 +163,10 @@ class MultiScaleRetention(Recomputing):
         return y, None if final is None else layout.leave(final)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries, keys `[B,T,H·K]`, values and the gate before its swish `[B,T,H·V]`."""
+        """Queries `[B,T,H·K]`, keys, values and the gate before its activation `[B,T,H·V]`.
+
+        Keys and values are of `num_kv_heads` heads.
+        """
         if self.fused_proj is not None:
             return self.fused_proj(x)
         gate = None if self.g_proj is None else self.g_proj(x)
@@ -159,8 +174,16 @@ class MultiScaleRetention(Recomputing):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """y `[B,T,D]` of what the op gives, o `[B,T,H,V]`."""
-        normed = self.head_norm(o, o.shape[-1:], eps=self.head_norm_eps).flatten(-2)
-        return self.o_proj(normed if gate is None else F.silu(gate) * normed)
+        normed = self.head_norm(o).flatten(-2)
+        return self.o_proj(normed if gate is None else self.gate_act(gate) * normed)
+
+    @property
+    def state_decay(self) -> Tensor:
+        """What a token shrinks the state by, float64 `[H,1|K]`: γ, and with xPos ζ of a channel."""
+        rates = self.log_decay.value.unsqueeze(-1)
+        if isinstance(self.retain, XPosRetention):
+            rates = rates + self.retain.rates.value
+        return rates.exp()
 
     def _layout(self, x: Tensor, state: Tensor | None, positions: Tensor | None) -> Layout:
         width = self.o_proj.out_features
@@ -184,6 +207,7 @@ class MultiScaleRetention(Recomputing):
         self, initialization: str, depth: int, generator: torch.Generator | None = None
     ) -> None:
         """ "official": the authors' code's. "paper": DeepNet's, in a model of `depth` layers."""
+        reset_vectors(self)
         gates = [] if self.g_proj is None else [self.g_proj]
         if initialization == "official":
             for projection in (self.q_proj, self.k_proj, self.v_proj, *gates):
@@ -197,14 +221,19 @@ class MultiScaleRetention(Recomputing):
 
 
 class FeedForward(Recomputing):
-    """FFN(X) = act(X W_up) W_down, or gated: (act(X W_gate) ⊙ X W_up) W_down."""
+    """FFN(X) = act(X W_up) W_down, or gated: (act(X W_gate) ⊙ X W_up) W_down.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, act: Activation, gated: bool):
+    With a `subln` what is multiplied by W_down is normed before.
+    """
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.act = ACTIVATIONS[act]
-        self.gate_proj = Linear(hidden_size, intermediate_size) if gated else None
-        self.up_proj = Linear(hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, hidden_size)
+        width, inner, bias = config.hidden_size, config.ffn_dim, config.ffn_bias
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.gate_proj = Linear(width, inner, bias) if config.gated_ffn else None
+        self.up_proj = Linear(width, inner, bias)
+        self.subln = optional_norm(config.ffn_subln, inner, config.norm_eps)
+        self.down_proj = Linear(inner, width, bias)
         self.fused_proj: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,7 +246,8 @@ class FeedForward(Recomputing):
         return self.up_proj(x), None if self.gate_proj is None else self.gate_proj(x)
 
     def _output(self, up: Tensor, gate: Tensor | None) -> Tensor:
-        return self.down_proj(self.act(up) if gate is None else self.act(gate) * up)
+        inner = self.act(up) if gate is None else self.act(gate) * up
+        return self.down_proj(self.subln(inner))
 
     def init_weights(
         self, initialization: str, depth: int, generator: torch.Generator | None = None
@@ -233,13 +263,75 @@ class FeedForward(Recomputing):
                 init.xavier_normal_(projection.weight, deepnet_gain(depth), generator)
 
 
-def norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
-    kind = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
-    return kind(config.hidden_size, eps=config.norm_eps)
+class Repeated(nn.Module):
+    """Keys or values `[...,G,X]` of each group of heads for all of its heads: `[...,H,X]`."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.times, -2)
 
 
-def feed_forward(config: ModelConfig) -> FeedForward:
-    return FeedForward(config.hidden_size, config.ffn_dim, config.hidden_act, config.gated_ffn)
+class Scaled(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def rotation(config: RetNetConfig) -> Rotation:
+    """Of a model's retention layers. K^(-1/2) rides on the keys."""
+    K = config.qk_head_dim
+    return Rotation(
+        K,
+        config.rotation,
+        config.rotation_base,
+        K**-0.5,
+        log_decay(config.num_heads, config.decay) if config.row_scale else None,
+        rotary_dim=config.rotary_dim,
+        heads=config.num_heads,
+    )
+
+
+def xpos_retention(config: RetNetConfig) -> XPosRetention | None:
+    """Retention with xPos, None for a model without."""
+    if config.xpos_base is None:
+        return None
+    pairs = (config.rotary_dim or config.qk_head_dim) // 2
+    places = exponents(config.rotation, pairs, config.num_heads)
+    return XPosRetention(places, config.qk_head_dim, config.xpos_base)
+
+
+def optional_norm(kind: OptionalNorm, size: int, eps: float, affine: bool = True) -> nn.Module:
+    """Over the last dim of `size`; in the place of "none" what leaves x as it is."""
+    if kind == "none":
+        return nn.Identity()
+    made = nn.LayerNorm if kind == "layernorm" else nn.RMSNorm
+    return made(size, eps=eps, elementwise_affine=affine)
+
+
+def norm(config: ModelConfig) -> nn.Module:
+    """Of the width."""
+    return optional_norm(config.norm, config.hidden_size, config.norm_eps)
+
+
+def head_norm(config: RetNetConfig) -> nn.Module:
+    """Over the values of each head."""
+    size, eps = config.value_head_dim, config.head_norm_eps
+    return optional_norm(config.head_norm, size, eps, config.head_norm_affine)
+
+
+def reset_vectors(module: nn.Module) -> None:
+    """Norms start as they are without weights, linear layers without a bias."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm | nn.RMSNorm):
+            part.reset_parameters()
+        elif isinstance(part, nn.Linear) and part.bias is not None:
+            init.zeros_(part.bias)
 
 
 def dropout(config: ModelConfig) -> nn.Module:

@@ -43,7 +43,7 @@ class Constant(nn.Module):
 
 
 class Angles(NamedTuple):
-    """What `rotate` takes, for queries `[B|1,T,1|H,K]` and for keys `[B|1,T,1,K]`."""
+    """What `rotate` takes, for queries and for keys: `[B|1,T,1|H,K]`."""
 
     cos: Tensor
     sin: Tensor
@@ -51,13 +51,22 @@ class Angles(NamedTuple):
     key_sin: Tensor
 
 
+def exponents(rule: str, pairs: int, heads: int = 1) -> Tensor:
+    """e of θ = base^(-e), float64 `[1|heads,pairs]`, by a rule of `RetNetConfig.rotation`."""
+    if rule != "rope-across-heads":
+        heads = 1  # stands for all
+    p = torch.arange(heads * pairs, dtype=torch.float64, device="cpu").view(heads, pairs)
+    return p / max(pairs - 1, 1) if rule == "official" else p / (heads * pairs)
+
+
 class Rotation(nn.Module):
     """Turns the pair (p, p + K/2) of each head at position n by the angle n·θ_p.
 
-    `rule`: "official", θ_p = base^(-p/(K/2-1)), or "rope", θ_p = base^(-2p/K). Factors that belong
-    to a position ride on the cosines and sines: `key_scale` for keys, and for queries, if
-    `scale_by` gives log γ `[H]`, the row scale. All of it is computed in float64 from integer
-    positions, then cast: in float32 an angle is off by 0.05 at position 10^6.
+    `rule` and `base`: see `exponents`. With a `rotary_dim` only that many dims turn, the pairs
+    p < rotary_dim/2. Factors that belong to a position ride on the cosines and sines: `key_scale`
+    for keys, and for queries, if `scale_by` gives log γ `[H]`, the row scale. All of it is computed
+    in float64 from integer positions, then cast: in float32 an angle is off by 0.05 at position
+    10^6.
     """
 
     def __init__(
@@ -67,12 +76,14 @@ class Rotation(nn.Module):
         base: float,
         key_scale: float = 1.0,
         scale_by: Tensor | None = None,
+        *,
+        rotary_dim: int | None = None,
+        heads: int = 1,
     ):
         super().__init__()
-        pairs = head_dim // 2
-        p = torch.arange(pairs, dtype=torch.float64, device="cpu")
-        exponents = p / max(pairs - 1, 1) if rule == "official" else p / pairs
-        self.frequencies = Constant(base**-exponents)
+        pairs = (rotary_dim or head_dim) // 2
+        theta = base ** -exponents(rule, pairs, heads)
+        self.frequencies = Constant(F.pad(theta, (0, head_dim // 2 - pairs)))
         self.key_scale = key_scale
         self.scale_by = None if scale_by is None else Constant(scale_by)
 
@@ -80,7 +91,7 @@ class Rotation(nn.Module):
         """For int64 positions `[B|1,T]`; `dtype` is float64 for a float64 model, else float32."""
         frequencies = self.frequencies.value
         exact = positions.to(frequencies.device)
-        angles = (exact.unsqueeze(-1) * frequencies).unsqueeze(2)
+        angles = exact[..., None, None] * frequencies
         cos, sin = (x.to(dtype).to(positions.device) for x in (angles.cos(), angles.sin()))
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         keys = cos * self.key_scale, sin * self.key_scale
@@ -104,6 +115,7 @@ class Layout:
     """Where each token stands, and which sequence goes with which row of the state.
 
     positions       int64 `[B|1,T]`, of each token in its own sequence
+    angles          of the model's rotation; `attention` is that of a hybrid's attention layers
     next_positions  int64 `[B]`, where each row of the state stands after this call
     cu_seqlens      packed: the bounds of the sequences, int64 `[N+1]` on the CPU
     first, last     packed rows: for each row of the state the sequence it enters and the one it
@@ -121,6 +133,7 @@ class Layout:
     real: Tensor | None = None
     padded_shape: tuple[int, int] = (0, 0)
     keeps_state: bool = True
+    attention: Angles | None = None
 
     @property
     def rows(self) -> int:

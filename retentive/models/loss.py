@@ -18,12 +18,14 @@ IGNORED = -100
 REDUCTIONS = ("mean", "sum")
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Of `h @ weight.T` against targets, in nats: "mean" or "sum" over those that are not -100.
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, reduction: str, bias: Tensor | None = None
+) -> Tensor:
+    """Of `h @ weight.T + bias` against targets, in nats: "mean" or "sum" over all but the -100.
 
-    h `[...,D]`, targets `[...]`. The gradients of a chunk are formed while its logits are at hand:
-    logits are computed once and never exist as a whole. Products run in the autocast dtype, the
-    softmax and all sums in float32 (float64 for float64).
+    h `[...,D]`, targets `[...]`, bias `[W]`. The gradients of a chunk are formed while its logits
+    are at hand: logits are computed once and never exist as a whole. Products run in the autocast
+    dtype, the softmax and all sums in float32 (float64 for float64).
     """
     if reduction not in REDUCTIONS:
         raise InputError(f"unknown reduction {reduction!r}; choose {' or '.join(REDUCTIONS)}")
@@ -35,34 +37,44 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, reduction: 
     kind = h.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else h.dtype
-    needed = [torch.is_grad_enabled() and x.requires_grad for x in (h, weight)]
+    trained = [x is not None and x.requires_grad for x in (h, weight, bias)]
+    needed = [torch.is_grad_enabled() and each for each in trained]
     flat = targets.flatten()
     with torch.autocast(kind, enabled=False):
-        total = _LinearCrossEntropy.apply(h.flatten(0, -2), weight, flat, dtype, needed)
+        total = _LinearCrossEntropy.apply(h.flatten(0, -2), weight, bias, flat, dtype, needed)
     return total if reduction == "sum" else total / (flat != IGNORED).sum().clamp(min=1)
 
 
 class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, needed: list[bool]
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        dtype: torch.dtype,
+        needed: list[bool],
     ) -> Tensor:
         exact = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=h.device)
         dh = torch.empty_like(h) if needed[0] else None
         dweight = torch.zeros_like(weight, dtype=exact) if needed[1] else None
-        w = weight.to(dtype)
+        dbias = torch.zeros_like(bias, dtype=exact) if bias is not None and needed[2] else None
+        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
         rows = chunk_rows(len(weight), h.device)
         for start in range(0, len(h), rows):
             chunk, target = h[start : start + rows].to(dtype), targets[start : start + rows]
             real = (target != IGNORED).unsqueeze(1)
             target = target.clamp(min=0).unsqueeze(1)
-            log_p = F.log_softmax(product(chunk, w), dim=-1, dtype=exact)
+            log_p = F.log_softmax(product(chunk, w, b), dim=-1, dtype=exact)
             total -= log_p.gather(1, target).masked_fill_(~real, 0).sum()
-            if dh is None and dweight is None:
+            if not any(needed):
                 continue
             # d loss / d logits is softmax minus one-hot; the rows without a target drop out below.
             dlogits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
+            if dbias is not None:
+                dbias += (dlogits * real).sum(0)
             dlogits = dlogits.to(dtype)
             if dh is not None:
                 torch.mul(product(dlogits, w.T), real, out=dh[start : start + rows])
@@ -72,7 +84,11 @@ class _LinearCrossEntropy(Function):
                 dweight.addmm_(dlogits.T, chunk * real)
             else:
                 dweight += product(dlogits.T, (chunk * real).T)
-        ctx.save_for_backward(dh, None if dweight is None else dweight.to(weight.dtype))
+        ctx.save_for_backward(
+            dh,
+            None if dweight is None else dweight.to(weight.dtype),
+            None if dbias is None else dbias.to(weight.dtype),
+        )
         return total
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from retentive.errors import InputError, nearest
 from retentive.models.fields import check_divisible, check_even, check_positive, check_types
@@ -69,16 +69,12 @@ class AttentionConfig:
         check_even("hidden_size", hidden_size, self.num_heads)
 
 
-Part = TypeVar("Part", Quantization, AttentionConfig)
-
-NESTED: dict[str, type[Quantization] | type[AttentionConfig]] = {
-    "quantization": Quantization,
-    "attention": AttentionConfig,
-}
+NESTED: dict[str, Any] = {"quantization": Quantization, "attention": AttentionConfig}
 
 
-def from_fields(kind: type[Part], name: str, given: dict[str, Any]) -> Part:
-    """`kind` of its fields as JSON has them; `name` is the field that holds it."""
+def from_fields(name: str, given: dict[str, Any]) -> Any:
+    """What the field `name` holds, of its fields as JSON has them."""
+    kind = NESTED[name]
     known = [one.name for one in dataclasses.fields(kind)]
     for key in given.keys() - set(known):
         raise InputError(

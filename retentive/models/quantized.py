@@ -1,6 +1,6 @@
 """Weights in 16, 8 or 4 bits for inference; everything else of a model stays as it is.
 
-What is stored, of a weight W `[N out, K in]`, is plain and outlives the kernels that read it:
+What is stored of a weight W `[N out, K in]`, beside its bias, is plain and outlives the kernels:
 
     bits 16   qweight bfloat16 [N,K]
     bits 8    qweight int8 [N,K], scales bfloat16 [N]:  W = qweight · scales
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 Kernel = Callable[[Tensor], Tensor]  # [M,K] -> [M,N] of some dtype
 
+STORED = ("qweight", "scales", "zeros")
 FEW_ROWS = 8  # that oneDNN chooses its layout for
 _TINY = 1e-30
 TILE = 64  # torch's kernels take rows and columns of a weight in tiles; some do not check the ends
 
 
 class QuantizedLinear(nn.Module):
-    """x Wᵀ for x `[...,in]`, in the dtype of x.
+    """x Wᵀ + b for x `[...,in]`, in the dtype of x.
 
     x is rounded to bfloat16 or, where the CPU multiplies whole numbers (8 bits, VNNI), to 255 steps
     a row. Sums are float32.
@@ -46,26 +47,29 @@ class QuantizedLinear(nn.Module):
     qweight: Tensor
     scales: Tensor | None
     zeros: Tensor | None
+    bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, quantization: Quantization):
+    def __init__(
+        self, in_features: int, out_features: int, quantization: Quantization, bias: bool = False
+    ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.quantization = quantization
         stored = empty_tensors(in_features, out_features, quantization)
-        for name in ("qweight", "scales", "zeros"):
+        for name in STORED:
             self.register_buffer(name, stored.get(name))
+        self.register_buffer("bias", torch.empty(out_features) if bias else None)
         self._kernel: Kernel | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
-            return F.linear(x, self.weight.to(x.dtype))
-        if self._kernel is None:
-            self._kernel = self._make_kernel()
-        return (
-            self._kernel(x.reshape(-1, self.in_features))
-            .view(*x.shape[:-1], self.out_features)
-            .to(x.dtype)
-        )
+            y = F.linear(x, self.weight.to(x.dtype))
+        else:
+            if self._kernel is None:
+                self._kernel = self._make_kernel()
+            y = self._kernel(x.reshape(-1, self.in_features))
+            y = y.view(*x.shape[:-1], self.out_features)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -85,6 +89,10 @@ class QuantizedLinear(nn.Module):
         zeros = self.zeros[index].float().unsqueeze(-1)
         return ((codes.float() - 8) * scales + zeros).flatten(-2)[..., : self.in_features]
 
+    @property
+    def num_parameters(self) -> int:
+        return self.out_features * (self.in_features + (self.bias is not None))
+
     @classmethod
     def fused(cls, parts: Sequence[Self]) -> Self:
         """One product for several of the same x: their rows, one after the other."""
@@ -94,12 +102,13 @@ class QuantizedLinear(nn.Module):
             whole = cls(first.in_features, outputs, first.quantization)
         for name in dict(whole.named_buffers()):
             setattr(whole, name, torch.cat([getattr(part, name) for part in parts]))
+        whole.bias = joined_bias(parts)
         return whole
 
     def prepare_(self) -> Self:
         """Keeps the kernel's layout only: for decoding. It cannot be saved afterwards."""
         self._kernel = self._make_kernel()
-        for name in list(self._buffers):
+        for name in STORED:
             setattr(self, name, None)
         return self
 
@@ -161,7 +170,8 @@ def use_quantized_layers(model: "LanguageModel", quantization: Quantization) -> 
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 scheme = outer if child is model.lm_head else quantization
-                linear = QuantizedLinear(child.in_features, child.out_features, scheme)
+                sizes = child.in_features, child.out_features
+                linear = QuantizedLinear(*sizes, scheme, bias=child.bias is not None)
                 setattr(module, name, linear)
     width, words = model.config.hidden_size, model.config.vocab_size
     model.embed_tokens = QuantizedEmbedding(words, width, outer)
@@ -185,6 +195,16 @@ def empty_tensors(
         "scales": torch.empty(shape, dtype=torch.bfloat16),
         "zeros": torch.empty(shape, dtype=torch.bfloat16),
     }
+
+
+def joined_bias(parts: "Sequence[nn.Linear | QuantizedLinear]") -> Tensor | None:
+    """Of one product for several linear layers: zero for those that have no bias."""
+    if all(part.bias is None for part in parts):
+        return None
+    like = next(part.bias for part in parts if part.bias is not None)
+    zero = (like.new_zeros(part.out_features) for part in parts)
+    biases = zip((part.bias for part in parts), zero, strict=True)
+    return torch.cat([none if bias is None else bias for bias, none in biases])
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

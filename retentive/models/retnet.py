@@ -3,71 +3,70 @@
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from retentive.models.attention import AttentionBlock
+from retentive.models.block import JOINS, Block, Kept, Mixer
 from retentive.models.config import RetNetConfig
 from retentive.models.language_model import LanguageModel
-from retentive.models.layers import MultiScaleRetention, dropout, feed_forward, norm
-from retentive.models.layout import Layout
+from retentive.models.layers import FeedForward, MultiScaleRetention, norm, rotation
+from retentive.models.layout import Layout, Rotation
 from retentive.models.state import RetentionState
 
 
-class RetNetBlock(nn.Module):
-    """Y = X + MSR(Norm(X)); X' = Y + FFN(Norm(Y))."""
+class RetNetBlock(Block):
+    """Y = X + MSR(Norm(X)); X' = Y + FFN(Norm(Y)). Other ways to join the two: `block.JOINS`."""
 
     def __init__(self, config: RetNetConfig):
         super().__init__()
         self.retention_norm = norm(config)
-        self.retention = MultiScaleRetention(
-            config.hidden_size,
-            config.num_heads,
-            qk_dim=config.qk_dim,
-            value_dim=config.value_dim,
-            decay=config.decay,
-            rotation=config.rotation,
-            rotation_base=config.rotation_base,
-            row_scale=config.row_scale,
-            gate=config.gate,
-            head_norm=config.head_norm,
-            head_norm_eps=config.head_norm_eps,
-        )
+        self.retention = MultiScaleRetention.of(config)
         self.ffn_norm = norm(config)
-        self.ffn = feed_forward(config)
-        self.dropout = dropout(config)
+        self.ffn = FeedForward(config)
+        self.join = JOINS[config.block](config)
 
     def forward(
         self, x: Tensor, state: RetentionState | None, layout: Layout
     ) -> tuple[Tensor, RetentionState | None]:
         before = None if state is None else state.S
-        mixed, after = self.retention(self.retention_norm(x), before, layout=layout)
-        x = x + self.dropout(mixed)
-        x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x, after = self.around(x, lambda h: self.retention(h, before, layout=layout))
         return x, None if after is None else RetentionState(after)
+
+    def around(self, x: Tensor, mix: Mixer[Kept]) -> tuple[Tensor, Kept]:
+        """x through the block, with `mix` in the place of its retention."""
+        return self.join(x, mix, self.retention_norm, self.ffn, self.ffn_norm)
 
     def init_weights(self, config: RetNetConfig, generator: torch.Generator | None) -> None:
         for part in (self.retention, self.ffn):
             part.init_weights(config.initialization, config.num_hidden_layers, generator)
 
+    def empty_state(self, batch: int, capacity: int | None, like: Tensor) -> RetentionState:
+        _, *sizes = self.state_signature
+        exact = torch.promote_types(like.dtype, torch.float32)
+        return RetentionState(torch.zeros(batch, *sizes, dtype=exact, device=like.device))
+
+    @property
+    def state_signature(self) -> tuple[Any, ...]:
+        return (RetentionState.kind, *self.retention.state_shape)
+
 
 class RetNet(LanguageModel):
-    """See `LanguageModel` for the calls."""
+    """See `LanguageModel` for the calls. In a hybrid some layers are attention layers."""
 
     config: RetNetConfig
 
     def __init__(self, config: RetNetConfig):
-        blocks = [RetNetBlock(config) for _ in range(config.num_hidden_layers)]
-        super().__init__(config, blocks, blocks[0].retention.rotation)
-
-    def empty_layer_state(self, batch: int, capacity: int | None) -> RetentionState:
-        _, *sizes = self.layer_signature
-        return RetentionState(
-            torch.zeros(batch, *sizes, dtype=self.exact_dtype, device=self.device)
-        )
-
-    @property
-    def layer_signature(self) -> tuple[Any, ...]:
-        config = self.config
-        return (RetentionState.kind, config.num_heads, config.qk_head_dim, config.value_head_dim)
+        blocks = [
+            RetNetBlock(config)
+            if config.attention is None or index not in config.attention_layers
+            else AttentionBlock(config, config.attention)
+            for index in range(config.num_hidden_layers)
+        ]
+        of_attention = None
+        if (attention := config.attention) is not None:
+            head_dim = config.hidden_size // attention.num_heads
+            of_attention = Rotation(head_dim, "rope", attention.rope_theta)
+        super().__init__(config, blocks, rotation(config), of_attention)
 
     def use(
         self, *, form: str = "auto", backend: str = "auto", chunk_size: int | None = None

@@ -16,6 +16,7 @@ from retentive.errors import InputError
 from retentive.models.files import fingerprint as fingerprint_of
 from retentive.models.files import read_tensors, write_tensors
 from retentive.models.kv_cache import KVCache
+from retentive.models.window import WindowCache
 
 if TYPE_CHECKING:
     from retentive.models.language_model import LanguageModel
@@ -90,7 +91,9 @@ class RetentionState:
         return cls(torch.cat([state.S for state in states]))
 
 
-KINDS: dict[str, type[LayerState]] = {kind.kind: kind for kind in (RetentionState, KVCache)}
+KINDS: dict[str, type[LayerState]] = {
+    kind.kind: kind for kind in (RetentionState, KVCache, WindowCache)
+}
 
 
 @dataclass(frozen=True)
