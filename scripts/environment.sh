@@ -54,6 +54,6 @@ echo "retentive: making the environment in .venv (once, a few minutes)"
     fail "$(cause "$PY cannot make an environment (.venv/setup.log): install its venv module (Debian, Ubuntu: apt install python3-venv)")"
 # torch first and alone: beside other requirements pip may choose another build of it.
 pip_install -c constraints.txt "torch>=2.11"
-pip_install -c constraints.txt -e '.[dev,export,hf]'
+pip_install -c constraints.txt -e '.[dev,eval,export,hf]'
 mv "$VENV/unfinished" "$VENV/ready"
 touch "$VENV/ready"

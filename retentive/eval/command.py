@@ -1,6 +1,7 @@
 """`retentive eval WHAT`: one evaluation each, its options its own."""
 
 import importlib
+import os
 from collections.abc import Sequence
 
 from retentive.arguments import parse
@@ -23,5 +24,7 @@ def main(argv: Sequence[str]) -> int | None:
         near = nearest(what, EVALUATIONS)
         raise InputError(f"unknown evaluation {what!r}{near}; choose {', '.join(EVALUATIONS)}")
     options, description = EVALUATIONS[what]
+    # lm-eval's bars, ours stand instead; here because it is read when torch imports tqdm.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     module = importlib.import_module(f"retentive.eval.{what}")
     return module.run(parse(getattr(module, options), rest, f"retentive eval {what}", description))

@@ -8,6 +8,7 @@ texts beyond that model's `max_length`: a state reads on.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from retentive.data.tokenizer import end_id, load_tokenizer, vocab_size
@@ -38,7 +39,6 @@ MOST_TOKENS = 256  # of a generation whose task does not say, as with lm-eval's 
 Scored = tuple[float, bool]  # log-likelihood, is it the greedy continuation?
 
 
-@register_model("retentive")
 class RetentiveLM(TemplateLM):
     """Any model of this library. What requests have in common is read once."""
 
@@ -193,33 +193,24 @@ class RetentiveLM(TemplateLM):
 
     @torch.inference_mode()
     def _generate(self, contexts: list[list[int]], stop: list[str], most: int) -> list[str]:
+        """Rows that have come to their end leave the batch."""
         state = self.model.init_state(len(contexts))
         decoding = runner(self.model, after(self.model, [c[:-1] for c in contexts], state))
-        last = [context[-1] for context in contexts]
-        streams = [TextStream(self.tokenizer, stop) for _ in contexts]
-        texts, going, words = (
-            [""] * len(contexts),
-            list(range(len(contexts))),
-            vocab_size(self.tokenizer),
-        )
+        rows = [_Written(context[-1], TextStream(self.tokenizer, stop)) for context in contexts]
+        going, words = list(rows), vocab_size(self.tokenizer)
         for _ in range(most):
-            fed = torch.tensor([last[row] for row in going], device=self.model.device)
-            tokens = decoding.step(fed)[:, :words].argmax(-1).tolist()
-            for row, token in zip(going, tokens, strict=True):
-                last[row] = token
-                if token != self.eot_token_id:
-                    texts[row] += streams[row].push(token)
-            places = [
-                place
-                for place, row in enumerate(going)
-                if last[row] != self.eot_token_id and not streams[row].stopped
-            ]
+            last = torch.tensor([row.last for row in going], device=self.model.device)
+            drawn = decoding.step(last)[:, :words].argmax(-1).tolist()
+            for row, token in zip(going, drawn, strict=True):
+                row.take(token, self.eot_token_id)
+            places = [place for place, row in enumerate(going) if not row.ended]
             if not places:
                 break
             if len(places) < len(going):
                 decoding = runner(self.model, decoding.state.select(places))
                 going = [going[place] for place in places]
-        return [text + stream.held for text, stream in zip(texts, streams, strict=True)]
+        texts = (self.tokenizer.decode(row.tokens, skip_special_tokens=True) for row in rows)
+        return [postprocess_generated_text(text, stop, None) for text in texts]
 
     def _answered(
         self, kind: str, requests: list[Instance], answer: Callable[[list[Instance]], None]
@@ -246,6 +237,28 @@ class RetentiveLM(TemplateLM):
 
     def _key(self, kind: str, arguments: Sequence[Any]) -> str:
         return self.answers.key(kind, self.max_length, list(arguments))
+
+
+@dataclass
+class _Written:
+    """A row of a generation; its stream only says when a stop string is complete."""
+
+    last: int
+    stream: TextStream
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def take(self, token: int, end: int) -> None:
+        self.last = token
+        if token == end:
+            self.ended = True
+            return
+        self.tokens.append(token)
+        self.stream.push(token)
+        self.ended = self.stream.stopped
+
+
+register_model("retentive")(RetentiveLM)  # as a decorator it would hide the class's type
 
 
 def _pair(request: Instance) -> tuple[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ A task whose data is not here and cannot be fetched is one of the results, with 
 """
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -92,10 +93,9 @@ def run(options: TasksOptions) -> int:
 
 
 def _quiet() -> None:
-    """lm-eval's own bars and processes: ours show the progress, and no process is needed."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    """Of lm-eval no processes for a bootstrap, nor what it has to say about its own tasks' YAML."""
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
 
 
 def _find(options: TasksOptions) -> tuple["TaskManager", list[str]]:

@@ -138,5 +138,5 @@ class Report:
         out = console()
         out.print(table)
         for task in self.not_run:
-            out.print(f"{task.task} not run: {task.reason}", markup=False)
+            out.print(f"{task.task} not run: {task.reason}", markup=False, soft_wrap=True)
         out.print(f"± standard errors. All of it in {self.folder}")

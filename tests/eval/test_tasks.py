@@ -1,0 +1,351 @@
+"""lm-eval with our adaptor, on tasks made here: no network, nothing in the user's cache."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from retentive.cli import main
+from retentive.data.tokenizer import end_id
+from retentive.errors import InputError
+
+from .conftest import build, report, text, write_model
+
+EXACT = 1e-9  # float64, relative: the bar for lm-eval's own `hf` model
+
+CHOICE = """
+task: choice
+dataset_path: json
+dataset_kwargs: {data_files: {train: examples.jsonl, test: choice.jsonl}}
+output_type: multiple_choice
+training_split: train
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+LAST_WORD = """
+task: last_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: lines.jsonl}}
+output_type: loglikelihood
+test_split: test
+doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
+doc_to_target: "{{' ' + text.split(' ')[-1]}}"
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+WHOLE = """
+task: whole
+dataset_path: json
+dataset_kwargs: {data_files: {test: lines.jsonl}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+"""
+WRITES = """
+task: writes
+dataset_path: json
+dataset_kwargs: {data_files: {test: lines.jsonl}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 5, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+AWAY = """
+task: away
+dataset_path: nobody/nothing
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lm_eval(tmp_path_factory):
+    """Imported once; offline, with a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQDM_DISABLE", "1")
+        patch.setenv("DISABLE_MULTIPROC", "1")
+        import datasets
+        import huggingface_hub.constants
+
+        import retentive.eval.harness
+
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield retentive.eval.harness
+
+
+def requests(*arguments) -> list:
+    return [SimpleNamespace(args=each, task_name="a task") for each in arguments]
+
+
+@pytest.fixture
+def lm(lm_eval, model, tokenizer):
+    return lm_eval.RetentiveLM(model, tokenizer=tokenizer, batch_size=4)
+
+
+def plain(model, context: list[int], continuation: list[int]) -> float:
+    tokens = torch.tensor([[*context, *continuation]])
+    with torch.no_grad():
+        log_p = model(tokens[:, :-1])[0][0].log_softmax(-1)[len(context) - 1 :]
+    return float(log_p.gather(1, torch.tensor(continuation)[:, None]).sum())
+
+
+def test_log_likelihoods_follow_the_convention_of_lm_eval(lm, model, tokenizer):
+    """One tokenization of the whole; a context's spaces go over; nothing is the end token."""
+    context = text(30)
+    pairs = [(context, " " + text(n, skip=4)) for n in (1, 3, 4)]
+    pairs += [(context + " ", "the state"), ("a", "b"), ("", text(5)), (text(12), "ention")]
+    found = lm.loglikelihood(requests(*pairs, pairs[0]))
+    assert found[0] == found[-1]
+
+    def encode(string: str) -> list[int]:
+        return tokenizer.encode(string).ids
+
+    for (before, after), (value, greedy) in zip(pairs, found[:-1], strict=True):
+        kept = before.rstrip()
+        prefix = encode(kept) if kept else [end_id(tokenizer)]
+        both = encode(before + after) if kept else [*prefix, *encode(after)]
+        assert value == pytest.approx(plain(model, prefix, both[len(prefix) :]), rel=EXACT)
+        assert greedy is False
+
+
+def test_a_text_is_rolled_whole_or_by_windows(lm_eval, lm, model, tokenizer):
+    long, short = tokenizer.encode(text(30)).ids, tokenizer.encode(text(4)).ids
+    texts = [(text(30),), (text(4),), ("",)]
+    end = end_id(tokenizer)
+    whole = [plain(model, [end], long), plain(model, [end], short), 0.0]
+    assert lm.loglikelihood_rolling(requests(*texts)) == pytest.approx(whole, rel=EXACT)
+    cut = lm_eval.RetentiveLM(model, tokenizer=tokenizer, max_length=8)
+    parts = plain(model, [end], long[:8])
+    for start in range(8, len(long), 8):
+        stop = min(start + 8, len(long))
+        parts += plain(model, long[stop - 9 : start], long[start:stop])
+    assert cut.loglikelihood_rolling(requests(texts[0])) == pytest.approx([parts], rel=EXACT)
+
+
+def test_max_length_keeps_the_last_tokens(lm_eval, model, tokenizer):
+    lm = lm_eval.RetentiveLM(model, tokenizer=tokenizer, max_length=8)
+    ids = tokenizer.encode(text(30)).ids
+    context, continuation = text(30).rsplit(" ", 1)
+    ((value, _),) = lm.loglikelihood(requests((context, " " + continuation)))
+    first = len(tokenizer.encode(context).ids)
+    assert value == pytest.approx(plain(model, ids[-9:first], ids[first:]), rel=EXACT)
+    with pytest.raises(InputError, match=r"max_length is 8, the continuation .* has \d+ tokens"):
+        lm.loglikelihood(requests((context, " " + text(30))))
+
+
+def test_generation_is_greedy_until_a_stop_string(lm, model, tokenizer):
+    contexts, most = [text(n) for n in (3, 9, 1, 5, 5)], 8
+    written = []
+    for context in contexts:
+        tokens = tokenizer.encode(context).ids
+        for _ in range(most):
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
+        written.append(tokenizer.decode(tokens[-most:]))
+    stop = written[0][2]
+    for until in ([], [stop, ""]):
+        options = {"until": until, "max_gen_toks": most, "do_sample": False, "temperature": 0.0}
+        found = lm.generate_until(requests(*((context, options) for context in contexts)))
+        expected = [string.split(stop)[0] if until else string for string in written]
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"do_sample": True, "temperature": 0.5}, "other than greedy generation"),
+        ({"num_beams": 4}, "other than greedy generation"),
+        ({"repetition_penalty": 2.0}, "hold repetition_penalty, which greedy generation"),
+    ],
+)
+def test_what_is_no_greedy_generation_is_refused(lm, options, words):
+    with pytest.raises(InputError, match=words):
+        lm.generate_until(requests(("a", {"until": ["\n"], **options})))
+
+
+def test_an_empty_continuation_is_refused(lm):
+    with pytest.raises(InputError, match="how likely '' is after 'a b', which is no token"):
+        lm.loglikelihood(requests(("a b", "")))
+
+
+@pytest.fixture
+def tasks(folder: Path) -> Path:
+    """A folder of tasks beside runs/demo."""
+    own = Path("tasks")
+    own.mkdir()
+    for yaml in (CHOICE, LAST_WORD, WHOLE, WRITES, AWAY):
+        (own / f"{yaml.split()[1]}.yaml").write_text(yaml)
+    rows = [
+        {"question": text(30, n), "choices": [text(k, n + k) for k in (3, 4, 5)], "label": n % 3}
+        for n in range(6)
+    ]
+    for name, part in (("examples", rows[:2]), ("choice", rows[2:])):
+        (own / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    lines = [json.dumps({"text": text(20, n)}) for n in range(4)]
+    (own / "lines.jsonl").write_text("\n".join(lines))
+    return own
+
+
+def test_a_folder_of_tasks_is_run_and_what_is_not_here_is_told(tasks, capsys):
+    assert main(["eval", "tasks", "runs/demo", "--include", "tasks", "--dtype", "float64"]) == 0
+    result = report("tasks")
+    rows = {row["task"]: row for row in result["tasks"]}
+    assert rows.keys() == {"choice", "last_word", "whole", "writes"}
+    assert rows["choice"]["documents"] == rows["whole"]["documents"] == 4
+    assert [row["task"] for row in result["not_run"]] == ["away"]
+    assert "nobody/nothing" in result["not_run"][0]["reason"]
+    accuracy = rows["choice"]["metrics"]["acc"]
+    assert accuracy["error"] == pytest.approx(
+        math.sqrt(accuracy["value"] * (1 - accuracy["value"]) / 3)
+    )
+    assert rows["last_word"]["metrics"]["perplexity"]["error"] > 0
+    shown = capsys.readouterr()
+    assert "away not run: " in shown.out and f"{accuracy['value']:.4f} ±" in shown.out
+    assert "choice · 12/12 requests" in shown.err
+
+
+def test_the_metrics_are_of_the_models_own_likelihoods(tasks, tokenizer):
+    main(["eval", "tasks", "runs/demo", "--include", "tasks", "--dtype", "float64"])
+    rows = {row["task"]: row["metrics"] for row in report("tasks")["tasks"]}
+    model = build("retnet", tokenizer.get_vocab_size()).float().double()
+    right, nats, words = 0, 0.0, []
+    for line in (tasks / "choice.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        context = tokenizer.encode(row["question"]).ids
+        scores = [
+            plain(
+                model, context, tokenizer.encode(f"{row['question']} {choice}").ids[len(context) :]
+            )
+            for choice in row["choices"]
+        ]
+        right += scores.index(max(scores)) == row["label"]
+    assert rows["choice"]["acc"]["value"] == right / 4
+    size = 0
+    for line in (tasks / "lines.jsonl").read_text().splitlines():
+        string = json.loads(line)["text"]
+        ids = tokenizer.encode(string).ids
+        nats -= plain(model, [end_id(tokenizer)], ids)
+        first = len(tokenizer.encode(string.rsplit(" ", 1)[0]).ids)
+        words.append(plain(model, ids[:first], ids[first:]))
+        size += len(string)
+    assert rows["whole"]["bits_per_byte"]["value"] == pytest.approx(nats / size / math.log(2))
+    assert rows["last_word"]["perplexity"]["value"] == pytest.approx(math.exp(-sum(words) / 4))
+
+
+def test_shots_and_limit_and_what_an_earlier_run_had(tasks):
+    command = ["eval", "tasks", "runs/demo", "--include", "tasks", "--tasks", "choice"]
+    for more in ([], ["--shots", "2"], ["--limit", "1"], []):
+        assert main([*command, *more]) == 0
+    rows = [(row["shots"], row["limit"], row["documents"]) for row in report("tasks")["tasks"]]
+    assert sorted(rows, key=str) == [(0, 1, 1), (0, None, 4), (2, None, 4)]
+
+
+def test_a_killed_run_goes_on(tasks, lm_eval, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    finished, finish = [], lm_eval.RetentiveLM._finish
+
+    def counted(self, *args):
+        if len(finished) == 15:
+            raise Killed
+        finished.append(args[:2])
+        finish(self, *args)
+
+    command = ["eval", "tasks", "runs/demo", "--include", "tasks", "--dtype", "float64"]
+    main([*command, "--out", "whole"])
+    monkeypatch.setattr(lm_eval.RetentiveLM, "_finish", counted)
+    with pytest.raises(Killed):
+        main(command)
+    monkeypatch.setattr(
+        lm_eval.RetentiveLM,
+        "_finish",
+        lambda self, *args: (finished.append(args[:2]), finish(self, *args)),
+    )
+    main(command)
+    assert len(finished) == 12 + 4 + 4 + 4
+    results = [report("tasks", out)["tasks"] for out in (Path("whole"), Path("runs/eval/demo"))]
+    whole, again = ([row | {"seconds": None} for row in rows] for rows in results)
+    assert whole == again
+
+
+def test_the_adaptor_has_a_name_in_lm_eval(lm_eval, folder):
+    from lm_eval.api.registry import get_model
+
+    assert get_model("retentive") is lm_eval.RetentiveLM
+    lm = get_model("retentive").create_from_arg_string(
+        "pretrained=runs/demo,dtype=float64,share=False,max_length=64", {"batch_size": "auto"}
+    )
+    ((value, _),) = lm.loglikelihood(requests(("a", "b")))
+    assert value < 0 and lm.max_length == 64
+
+
+def test_texts_begin_with_the_token_that_the_tokenizer_names(lm_eval, folder, tokenizer):
+    begin = tokenizer.id_to_token(5)
+    for token in (begin, {"content": begin}):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": token}))
+        assert lm_eval.RetentiveLM("runs/demo").prefix_token_id == 5
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert lm_eval.RetentiveLM("runs/demo").prefix_token_id == end_id(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--include", "tasks", "--tasks", "choise"],
+            "unknown task 'choise' (did you mean 'choice'?)",
+        ),
+        (["--include", "taks"], "--include taks is no folder"),
+        (["--include", "runs"], "--include runs holds no task"),
+        (["--include", "tasks", "--limit", "0"], "--limit is 0; give 1 or more"),
+        (["--include", "tasks", "--shots", "-1"], "--shots is -1; give 0 or more"),
+        (["--include", "tasks", "--tasks"], "--tasks is empty"),
+    ],
+)
+def test_mistakes_are_one_line(tasks, capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", "no-tasks-but-ours/manager.py")
+    assert main(["eval", "tasks", "runs/demo", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert not Path("runs/eval").exists()
+
+
+def test_without_any_result_the_exit_code_says_so(tasks, capsys):
+    assert main(["eval", "tasks", "runs/demo", "--include", "tasks", "--tasks", "away"]) == 1
+    assert "not run" in capsys.readouterr().out
+
+
+def test_results_of_another_model_are_left_alone(tasks, capsys, tokenizer):
+    command = ["eval", "tasks", "runs/demo", "--include", "tasks", "--tasks", "choice"]
+    assert main(command) == 0
+    write_model(Path("runs/demo"), "transformer", tokenizer)
+    assert main(command) == 2
+    assert "holds results of another model" in capsys.readouterr().err
+
+
+def test_without_lm_eval_a_line_says_what_to_install(tasks, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["eval", "tasks", "runs/demo", "--include", "tasks"]) == 2
+    assert 'pip install "retentive[eval]"' in capsys.readouterr().err
