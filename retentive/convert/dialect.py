@@ -5,7 +5,7 @@ rows: what does not fold exactly is a field of our config (so that every way bac
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -66,15 +66,13 @@ class TheirConfig:
     """What a config.json that is written holds besides."""
 
     @classmethod
-    def read(cls, given: Mapping[str, Any]) -> Self:
+    def read(cls, given: Mapping[str, Any], what: str = "it") -> Self:
         """InputError where a field is missing, of a wrong type, or of a value not known here."""
-        known = {field.name for field in fields(cls)}
-        try:
-            config = cls(**{name: value for name, value in given.items() if name in known})
-        except TypeError as error:
-            missing = [name for name in known if name not in given and not hasattr(cls, name)]
-            assert missing, error
-            raise InputError(f"it lacks {min(missing)!r}") from None
+        for field in fields(cls):
+            if field.default is MISSING and field.name not in given:
+                raise InputError(f"{what} lacks {field.name!r}")
+        known = given.keys() & {field.name for field in fields(cls)}
+        config = cls(**{name: _as_tuple(given[name]) for name in known})
         check_types(config)
         return config
 
@@ -109,6 +107,10 @@ class Dialect:
     constants: tuple[Constant, ...] = ()
     stores_tied_head: bool = False
     """Does their loader want a head in the file that is the embedding?"""
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def find_key(names: Iterable[str], start: str, part: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retentive.convert.dialect import Dialect, Weight
+from retentive.convert.dialect import Dialect, TheirConfig, Weight
 from retentive.convert.dialects import detect
 from retentive.convert.source import CONFIG, Source
 from retentive.convert.weight_files import Stored
@@ -134,20 +134,24 @@ def rewrite(made: Plan, dialect: Dialect) -> Plan:
     fields = {**dialect.config.written, **asdict(theirs), **_tokens(made.source)}
     constants = _constants(dialect, config)
     written = replace(made, fields=fields, pieces=pieces, constants=constants)
-    _check_said(written, dialect, config, RetNetConfig.from_dict(theirs.to_ours(written)))
+    _check_said(written, dialect, theirs)
     assert len(pieces) >= len(made.pieces), made.pieces.keys() - pieces.keys()
     return written
 
 
-def _check_said(made: Plan, dialect: Dialect, ours: RetNetConfig, read: RetNetConfig) -> None:
-    """InputError where a field of ours is another one when it is read back."""
-    trained = {"dropout": ours.dropout, "initialization": ours.initialization}
-    said, meant = asdict(replace(read, **trained)), asdict(ours)
+def _check_said(made: Plan, dialect: Dialect, theirs: TheirConfig) -> None:
+    """InputError where a field of our config is another one when theirs is read back."""
+    refusal = f"{dialect.name} cannot hold {made.source.given}"
+    try:
+        read = RetNetConfig.from_dict(theirs.to_ours(made))
+    except InputError as error:
+        raise InputError(f"{refusal}: {error}") from error
+    meant = asdict(made.config)
+    said = asdict(read) | {name: meant[name] for name in ("dropout", "initialization")}
     if lost := [name for name in meant if said[name] != meant[name]]:
-        reasons = ", ".join(f"{name} is {meant[name]!r}, there {said[name]!r}" for name in lost[:3])
+        reasons = [f"{name} is {meant[name]!r}, there {said[name]!r}" for name in lost[:3]]
         raise InputError(
-            f"{dialect.name} cannot hold {made.source.given}: {reasons};"
-            " leave --to out for a folder of ours"
+            f"{refusal}: {', '.join(reasons)}; without --to it becomes a folder of ours"
         )
 
 

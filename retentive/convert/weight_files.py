@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -137,7 +138,8 @@ class TorchFile:
     def _load(self) -> Any:
         try:
             # fairseq keeps its arguments in a Namespace: a class that only holds values.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is odd about a file is an error or nothing
                 return self._load_mapped()
         except pickle.UnpicklingError as error:
             wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -160,7 +162,8 @@ class TorchFile:
             return torch.load(self.path, **options)  # as torch wrote files before 1.6
 
     def _broken(self, error: Exception) -> InputError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        found = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        reason = found[1] if found else (str(error).strip() or type(error).__name__).splitlines()[0]
         return InputError(
             f"{self.path} is truncated or no file of torch.save ({reason}); fetch it again"
         )

@@ -114,7 +114,8 @@ def test_a_dtype_that_is_none_of_ours(source, refused):
         ({"num_heads": "four"}, ("config.json", "num_heads is 'four'", "a whole number")),
         ({"attn": None}, ("lacks model.layers.1.attn.g_proj.weight",)),
         ({"attn": {"layers": [9], "num_heads": 4}}, ("attention_layers",)),
-        ({"attn": {"layers": [1]}}, ("attention lacks 'num_heads'",)),
+        ({"attn": {"layers": [1]}}, ("attn lacks 'num_heads'",)),
+        ({"attn": {"layers": 1, "num_heads": 4}}, ("layers is 1", "a list")),
         ({"tie_word_embeddings": True}, ("a head of its own", "lm_head.weight")),
         ({"elementwise_affine": False}, ("no part of", "g_norm_swish_gate")),
         ({"use_short_conv": True}, ("use_short_conv is True", "only False")),
@@ -168,7 +169,7 @@ class Attack:
         self.path = path
 
     def __reduce__(self):
-        return (Path.touch, (self.path,))
+        return (os.system, (f"touch {self.path}",))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -177,9 +178,9 @@ def test_a_pickle_that_wants_to_run_code(golden, tmp_path, refused, zipped):
     content = {"model.x": torch.zeros(2), "attack": Attack(tmp_path / "owned")}
     path = tmp_path / "source" / "pytorch_model.bin"
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    refused(tmp_path / "source", "wants to run code", "pathlib")
-    path.write_bytes(pickle.dumps(Attack(tmp_path / "owned")))
-    refused(tmp_path / "source", "pytorch_model.bin")
+    refused(tmp_path / "source", "wants to run code", "posix.system")
+    path.write_bytes(pickle.dumps(Attack(tmp_path / "owned"), protocol=2))
+    refused(tmp_path / "source", "wants to run code", "posix.system")
 
 
 def test_a_pickle_without_tensors(golden, tmp_path, refused):

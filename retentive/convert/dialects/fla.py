@@ -3,8 +3,9 @@
 Until February 2025 the gate and the up projection of its FFN were one matrix: a dialect of its own.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 from retentive.convert.dialect import (
@@ -18,6 +19,40 @@ from retentive.convert.dialect import (
 )
 from retentive.convert.source import Source
 from retentive.models.config import RetNetConfig
+
+
+@dataclass(frozen=True)
+class FlaAttention(TheirConfig):
+    """What `attn` holds in a hybrid: which layers have attention instead, and of what kind."""
+
+    layers: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int | None = None
+    qkv_bias: bool = False
+    window_size: int | None = None
+    rope_theta: float = 10000.0
+
+    def to_ours(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "qkv_bias": self.qkv_bias,
+            "window": self.window_size,
+            "rope_theta": self.rope_theta,
+        }
+
+    @classmethod
+    def from_ours(cls, config: RetNetConfig) -> Self:
+        ours = config.attention
+        assert ours is not None
+        return cls(
+            layers=config.attention_layers,
+            num_heads=ours.num_heads,
+            num_kv_heads=ours.num_kv_heads,
+            qkv_bias=ours.qkv_bias,
+            window_size=ours.window,
+            rope_theta=ours.rope_theta,
+        )
 
 
 @dataclass(frozen=True)
@@ -49,10 +84,7 @@ class FlaConfig(TheirConfig):
     def to_ours(self, checkpoint: Checkpoint) -> dict[str, Any]:
         self.only(hidden_act="swish", feature_map=None, use_short_conv=False)
         self.only(attnres_block_size=None)
-        attention = dict(self.attn or {})
-        layers = attention.pop("layers", ())
-        if "window_size" in attention:
-            attention["window"] = attention.pop("window_size")
+        hybrid = None if self.attn is None else FlaAttention.read(self.attn, "attn")
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -74,8 +106,8 @@ class FlaConfig(TheirConfig):
             "intermediate_size": self.intermediate_size or self._ffn_dim(),
             "norm": "rmsnorm",
             "norm_eps": self.norm_eps,
-            "attention": attention or None,
-            "attention_layers": tuple(sorted(layers)),
+            "attention": None if hybrid is None else hybrid.to_ours(checkpoint),
+            "attention_layers": () if hybrid is None else tuple(sorted(set(hybrid.layers))),
             "tie_word_embeddings": self.tie_word_embeddings,
         }
 
@@ -85,31 +117,28 @@ class FlaConfig(TheirConfig):
     @classmethod
     def from_ours(cls, config: RetNetConfig) -> Self:
         assert config.qk_dim is not None and config.value_dim is not None
-        attention = None
-        if (ours := config.attention) is not None:
-            attention = {
-                "layers": list(config.attention_layers),
-                "num_heads": ours.num_heads,
-                "num_kv_heads": ours.num_kv_heads,
-                "qkv_bias": ours.qkv_bias,
-                "window_size": ours.window,
-                "rope_theta": ours.rope_theta,
-            }
+        hybrid = None if config.attention is None else asdict(FlaAttention.from_ours(config))
         return cls(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             num_hidden_layers=config.num_hidden_layers,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
-            expand_k=config.qk_dim / config.hidden_size,
-            expand_v=config.value_dim / config.hidden_size,
+            expand_k=_ratio(config.qk_dim, config.hidden_size),
+            expand_v=_ratio(config.value_dim, config.hidden_size),
             intermediate_size=config.ffn_dim,
             norm_eps=config.norm_eps,
             elementwise_affine=config.head_norm_affine,
             use_output_gate=config.gate,
-            attn=attention,
+            attn=hybrid,
             tie_word_embeddings=config.tie_word_embeddings,
         )
+
+
+def _ratio(dim: int, width: int) -> float:
+    """What gives `dim` when they multiply `width` by it and cut the rest off."""
+    ratio = dim / width
+    return ratio if int(width * ratio) == dim else math.nextafter(ratio, math.inf)
 
 
 LAYERS = "model.layers."

@@ -50,7 +50,7 @@ class SyncdothConfig(TheirConfig):
             "num_heads": self.decoder_retention_heads,
             "value_dim": self.decoder_value_embed_dim,
             "intermediate_size": self.decoder_ffn_embed_dim,
-            "hidden_act": self.activation_fn,
+            "hidden_act": torchscale.activation(self.activation_fn),
             "gated_ffn": self.use_glu,
             "ffn_bias": plain,
             "ffn_subln": subln if plain and self.subln and not self.deepnorm else "none",

@@ -22,6 +22,7 @@ from retentive.convert.dialect import (
     half_pairs,
 )
 from retentive.convert.source import Source
+from retentive.errors import InputError
 from retentive.models.config import RetNetConfig
 
 
@@ -64,7 +65,7 @@ class TorchscaleConfig(TheirConfig):
             "num_heads": self.decoder_retention_heads,
             "value_dim": self.decoder_value_embed_dim,
             "intermediate_size": self.decoder_ffn_embed_dim,
-            "hidden_act": self.activation_fn,
+            "hidden_act": activation(self.activation_fn),
             "gated_ffn": True,
             "block": "pre-norm" if pre_norm else "post-norm",
             "final_norm": pre_norm,
@@ -115,6 +116,12 @@ def decoder_fields(
         "residual_scale": (2 * layers) ** 0.25 if deepnorm else 1.0,
         "embed_scale": math.sqrt(width) if scale_embedding else 1.0,
     }
+
+
+def activation(name: str) -> str:
+    if name not in ("gelu", "swish"):
+        raise InputError(f"activation_fn is {name!r}; known here are gelu and swish")
+    return name
 
 
 def gated(config: RetNetConfig) -> bool:
