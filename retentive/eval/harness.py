@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -20,19 +20,16 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from retentive.data.tokenizer import end_id, load_tokenizer, vocab_size
 from retentive.devices import resolve_device
 from retentive.errors import InputError
 from retentive.eval.branches import Request, Scorer, after
 from retentive.eval.progress import Display
 from retentive.eval.results import Answers
+from retentive.eval.tokens import TextTokenizer
 from retentive.inference.runner import runner
 from retentive.inference.text import TextStream
 from retentive.models.checkpoint import load
 from retentive.models.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 MOST_TOKENS = 256  # of a generation whose task does not say, as with lm-eval's other models
 
@@ -46,7 +43,7 @@ class RetentiveLM(TemplateLM):
         self,
         pretrained: str | Path | LanguageModel,
         *,
-        tokenizer: "str | Path | Tokenizer | None" = None,
+        tokenizer: TextTokenizer | None = None,
         device: str = "auto",
         dtype: str = "float32",
         batch_size: int | str = 16,
@@ -54,22 +51,19 @@ class RetentiveLM(TemplateLM):
         share: bool = True,
         answers: Answers | None = None,
     ):
-        """`pretrained` is a model folder, or a model with its `tokenizer`.
+        """`pretrained` is a model folder, or a model; then its `tokenizer` is needed.
 
         max_length: read only the last so many tokens, as lm-eval's `hf` does; else all of them.
         share: False reads every request by itself. answers: where finished requests are kept.
         """
         super().__init__()
         if not isinstance(pretrained, LanguageModel):
-            tokenizer = pretrained if tokenizer is None else tokenizer
+            tokenizer = tokenizer or TextTokenizer.load(pretrained)
             pretrained = load(pretrained, device=str(resolve_device(device)), dtype=dtype)
         assert tokenizer is not None
         self.model = pretrained
-        self.tokenizer: Any = tokenizer
-        self._begin = None
-        if isinstance(tokenizer, str | Path):
-            self.tokenizer = load_tokenizer(tokenizer)
-            self._begin = _begin_id(Path(tokenizer), self.tokenizer)
+        self.text = tokenizer
+        self.tokenizer: Any = tokenizer.tokenizer
         self.batch_size = 16 if batch_size == "auto" else int(batch_size)
         self.max_length = max_length
         self.answers = Answers() if answers is None else answers
@@ -78,11 +72,11 @@ class RetentiveLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return end_id(self.tokenizer)
+        return self.text.end
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eot_token_id if self._begin is None else self._begin
+        return self.text.begin
 
     @property
     def tokenizer_name(self) -> str:
@@ -91,8 +85,7 @@ class RetentiveLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        special = add_special_tokens is not False
-        return self.tokenizer.encode(string, add_special_tokens=special).ids
+        return self.text.encode(string, begin=add_special_tokens is not False)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Scored]:
         def answer(unfinished: list[Instance]) -> None:
@@ -197,7 +190,7 @@ class RetentiveLM(TemplateLM):
         state = self.model.init_state(len(contexts))
         decoding = runner(self.model, after(self.model, [c[:-1] for c in contexts], state))
         rows = [_Written(context[-1], TextStream(self.tokenizer, stop)) for context in contexts]
-        going, words = list(rows), vocab_size(self.tokenizer)
+        going, words = list(rows), self.text.vocab_size
         for _ in range(most):
             last = torch.tensor([row.last for row in going], device=self.model.device)
             drawn = decoding.step(last)[:, :words].argmax(-1).tolist()
@@ -285,16 +278,6 @@ def _stop_and_length(options: dict[str, Any]) -> tuple[list[str], int]:
 
 
 _NO_MATTER = {"temperature", "top_k", "top_p", "min_p"}  # to greedy generation
-
-
-def _begin_id(folder: Path, tokenizer: "Tokenizer") -> int | None:
-    """The token that texts begin with, where a folder's tokenizer_config.json names one."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    token = json.loads(path.read_text(encoding="utf-8")).get("bos_token")
-    content = token["content"] if isinstance(token, dict) else token
-    return None if content is None else tokenizer.token_to_id(content)
 
 
 def _end_of(text: str, width: int = 40) -> str:

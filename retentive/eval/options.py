@@ -2,19 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
-from retentive.data.tokenizer import load_tokenizer, vocab_size
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
 from retentive.eval.results import Results, check_folder, default_folder, identity
+from retentive.eval.tokens import TextTokenizer
 from retentive.models.checkpoint import load, load_config
 from retentive.models.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,20 +42,20 @@ def check_least(name: str, value: int | None, least: int = 1) -> None:
         raise InputError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
 
 
-def open_model(options: Options) -> tuple[LanguageModel, "Tokenizer"]:
+def open_model(options: Options) -> tuple[LanguageModel, TextTokenizer]:
     """InputError where one is missing, or they do not belong together."""
     path = options.model
     load_config(path)  # before a large file is read
-    tokenizer = load_tokenizer(path)
+    tokenizer = TextTokenizer.load(path)
     model = load(path, device=str(resolve_device(options.device)), dtype=options.dtype)
-    if vocab_size(tokenizer) > model.config.vocab_size:
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
-            f"the tokenizer in {path} has {vocab_size(tokenizer)} tokens, the model"
+            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, the model"
             f" {model.config.vocab_size}; give the tokenizer.json that it was trained with"
         )
     return model, tokenizer
 
 
-def open_results(options: Options, model: LanguageModel, tokenizer: "Tokenizer") -> Results:
+def open_results(options: Options, model: LanguageModel, tokenizer: TextTokenizer) -> Results:
     folder = default_folder(options.model) if options.out is None else options.out
-    return Results(folder, str(options.model), identity(model, tokenizer))
+    return Results(folder, str(options.model), identity(model, tokenizer.tokenizer))

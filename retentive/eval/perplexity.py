@@ -1,9 +1,9 @@
 """`retentive eval perplexity`: loss on texts, whole and by windows, as a function of position.
 
-A text is read behind the end token, as in training, and each of its tokens is predicted once. Whole
-means with the state carried from its first token to its last, in memory that does not grow with it.
-By windows means in rows that begin with an empty state: what differs is what context beyond the
-window is worth.
+A text is read behind the token that texts begin with, and each of its tokens is predicted once.
+Whole means with the state carried from its first token to its last, in memory that does not grow
+with it. By windows means in rows that begin with an empty state: what differs is what context
+beyond the window is worth.
 
 Shapes: T tokens of a document, B rows, W tokens of a window.
 """
@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor
 
 from retentive.data.corpus import Document, read_documents
-from retentive.data.tokenizer import encode, end_id, token_bytes
+from retentive.data.tokenizer import encode, token_bytes
 from retentive.errors import InputError
 from retentive.eval.curves import BLOCK
 from retentive.eval.options import Options, check_least, open_model, open_results
@@ -121,14 +121,14 @@ def run(options: PerplexityOptions) -> None:
         Display(total * len(readings), "characters") as display,
     ):
         for document in options.documents():
-            ids = torch.from_numpy(next(encode(tokenizer, [document.text])))
+            ids = torch.from_numpy(next(encode(tokenizer.tokenizer, [document.text])))
             if not len(ids):  # a tokenizer may leave out what it does not know
                 continue
             length = len(document.text.encode())
             if options.max_tokens is not None and len(ids) > options.max_tokens:
                 ids = ids[: options.max_tokens]
-                length = int(token_bytes(tokenizer)[ids].sum())
-            tokens = torch.cat([torch.tensor([end_id(tokenizer)]), ids])
+                length = int(token_bytes(tokenizer.tokenizer)[ids].sum())
+            tokens = torch.cat([torch.tensor([tokenizer.begin]), ids])
             measured = [
                 _measured(model, tokens, reading, options.batch_size, results, display, document)
                 for reading in readings

@@ -16,20 +16,17 @@ tokens matters less so. How far a head can remember is its half-life, shown besi
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from retentive.data.tokenizer import end_id, vocab_size
 from retentive.errors import InputError, nearest
 from retentive.eval.branches import Request, Scorer, after
 from retentive.eval.options import Options, check_least, open_model, open_results
 from retentive.eval.progress import Display
 from retentive.eval.recall_report import Answer, Report
 from retentive.eval.results import Results
+from retentive.eval.tokens import TextTokenizer
 from retentive.models.language_model import LanguageModel
 from retentive.models.state import RetNetState
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 PROBES = ("passkey", "mqar")
 FORMAT = 1  # counts up when the same seed would give other texts
@@ -100,7 +97,7 @@ _OBJECTS = "the house,a green hill,the station,my neighbour,the small bridge,a w
 
 @dataclass(frozen=True)
 class Passkey:
-    tokenizer: "Tokenizer"
+    tokenizer: TextTokenizer
 
     def sample(self, dice: random.Random, distance: int) -> Sample:
         keys = [f" {dice.randrange(10_000, 100_000)}" for _ in range(PASSKEYS)]
@@ -114,22 +111,23 @@ class Passkey:
             [self._encode(key) for key in keys],
             right,
         )
-        return Sample([end_id(self.tokenizer), *self._encode(told)], filler[:distance], [question])
+        return Sample([self.tokenizer.begin, *self._encode(told)], filler[:distance], [question])
 
     def _sentence(self, dice: random.Random) -> str:
         words = (dice.choice(part.split(",")) for part in (_SUBJECTS, _VERBS, _OBJECTS))
         return " ".join(words) + ". "
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(text, begin=False)
 
 
 class Mqar:
-    def __init__(self, tokenizer: "Tokenizer", pairs: int):
+    def __init__(self, tokenizer: TextTokenizer, pairs: int):
         """InputError for more pairs than the vocabulary allows."""
-        special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.words = sorted(set(range(vocab_size(tokenizer))) - special)
-        self.begin, self.pairs = end_id(tokenizer), pairs
+        added = tokenizer.tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        self.words = sorted(set(range(tokenizer.vocab_size)) - special)
+        self.begin, self.pairs = tokenizer.begin, pairs
         if len(self.words) < 2 * pairs + 1:
             raise InputError(
                 f"--pairs is {pairs}, for which the vocabulary of {len(self.words)} is too small;"

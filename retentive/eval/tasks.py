@@ -80,7 +80,7 @@ def run(options: TasksOptions) -> int:
     with open_results(options, model, tokenizer) as results:
         lm = RetentiveLM(
             model,
-            tokenizer=options.model,
+            tokenizer=tokenizer,
             batch_size=options.batch_size,
             answers=results,
         )

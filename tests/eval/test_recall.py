@@ -13,12 +13,14 @@ from retentive.eval import recall
 from retentive.eval.figures import half_lives
 from retentive.eval.recall import Mqar, Passkey, ask_along
 from retentive.eval.recall_report import Answer, Score
+from retentive.eval.tokens import TextTokenizer
 
 from .conftest import build, report, write_model
 
 
 def probes(tokenizer):
-    return {"passkey": Passkey(tokenizer), "mqar": Mqar(tokenizer, 3)}
+    text = TextTokenizer(tokenizer)
+    return {"passkey": Passkey(text), "mqar": Mqar(text, 3)}
 
 
 @pytest.mark.parametrize("name", ["passkey", "mqar"])
@@ -48,7 +50,7 @@ def test_answers_are_those_of_the_text_read_at_once(model, tokenizer, name):
 
 
 def test_a_passkey_is_told_once_and_asked_for(tokenizer):
-    sample = Passkey(tokenizer).sample(random.Random(0), 100)
+    sample = Passkey(TextTokenizer(tokenizer)).sample(random.Random(0), 100)
     told, filler = tokenizer.decode(sample.told[1:]), tokenizer.decode(sample.filler)
     (question,) = sample.questions
     keys = [tokenizer.decode(candidate) for candidate in question.candidates]
@@ -59,7 +61,7 @@ def test_a_passkey_is_told_once_and_asked_for(tokenizer):
 
 
 def test_pairs_are_of_different_tokens_and_none_is_filler(tokenizer):
-    sample = Mqar(tokenizer, 3).sample(random.Random(0), 50)
+    sample = Mqar(TextTokenizer(tokenizer), 3).sample(random.Random(0), 50)
     pairs = list(zip(sample.told[1::2], sample.told[2::2], strict=True))
     assert len(pairs) == 3 and len(set(sample.told)) == 7
     assert not set(sample.filler) & set(sample.told)

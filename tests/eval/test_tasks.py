@@ -12,6 +12,7 @@ import torch
 from retentive.cli import main
 from retentive.data.tokenizer import end_id
 from retentive.errors import InputError
+from retentive.eval.tokens import TextTokenizer
 
 from .conftest import build, report, text, write_model
 
@@ -100,7 +101,7 @@ def requests(*arguments) -> list:
 
 @pytest.fixture
 def lm(lm_eval, model, tokenizer):
-    return lm_eval.RetentiveLM(model, tokenizer=tokenizer, batch_size=4)
+    return lm_eval.RetentiveLM(model, tokenizer=TextTokenizer(tokenizer), batch_size=4)
 
 
 def plain(model, context: list[int], continuation: list[int]) -> float:
@@ -119,23 +120,24 @@ def test_log_likelihoods_follow_the_convention_of_lm_eval(lm, model, tokenizer):
     assert found[0] == found[-1]
 
     def encode(string: str) -> list[int]:
-        return tokenizer.encode(string).ids
+        return [end_id(tokenizer), *tokenizer.encode(string).ids]
 
     for (before, after), (value, greedy) in zip(pairs, found[:-1], strict=True):
         kept = before.rstrip()
         prefix = encode(kept) if kept else [end_id(tokenizer)]
-        both = encode(before + after) if kept else [*prefix, *encode(after)]
+        both = encode(before + after)
         assert value == pytest.approx(plain(model, prefix, both[len(prefix) :]), rel=EXACT)
         assert greedy is False
 
 
 def test_a_text_is_rolled_whole_or_by_windows(lm_eval, lm, model, tokenizer):
-    long, short = tokenizer.encode(text(30)).ids, tokenizer.encode(text(4)).ids
-    texts = [(text(30),), (text(4),), ("",)]
+    """As in lm-eval's `hf`, which predicts the token that a tokenizer puts before a text, too."""
     end = end_id(tokenizer)
-    whole = [plain(model, [end], long), plain(model, [end], short), 0.0]
+    long, short = ([end, *tokenizer.encode(text(n)).ids] for n in (30, 4))
+    texts = [(text(30),), (text(4),)]
+    whole = [plain(model, [end], long), plain(model, [end], short)]
     assert lm.loglikelihood_rolling(requests(*texts)) == pytest.approx(whole, rel=EXACT)
-    cut = lm_eval.RetentiveLM(model, tokenizer=tokenizer, max_length=8)
+    cut = lm_eval.RetentiveLM(model, tokenizer=TextTokenizer(tokenizer), max_length=8)
     parts = plain(model, [end], long[:8])
     for start in range(8, len(long), 8):
         stop = min(start + 8, len(long))
@@ -144,7 +146,7 @@ def test_a_text_is_rolled_whole_or_by_windows(lm_eval, lm, model, tokenizer):
 
 
 def test_max_length_keeps_the_last_tokens(lm_eval, model, tokenizer):
-    lm = lm_eval.RetentiveLM(model, tokenizer=tokenizer, max_length=8)
+    lm = lm_eval.RetentiveLM(model, tokenizer=TextTokenizer(tokenizer), max_length=8)
     ids = tokenizer.encode(text(30)).ids
     context, continuation = text(30).rsplit(" ", 1)
     ((value, _),) = lm.loglikelihood(requests((context, " " + continuation)))
@@ -158,7 +160,7 @@ def test_generation_is_greedy_until_a_stop_string(lm, model, tokenizer):
     contexts, most = [text(n) for n in (3, 9, 1, 5, 5)], 8
     written = []
     for context in contexts:
-        tokens = tokenizer.encode(context).ids
+        tokens = [end_id(tokenizer), *tokenizer.encode(context).ids]
         for _ in range(most):
             with torch.no_grad():
                 tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
@@ -229,24 +231,22 @@ def test_the_metrics_are_of_the_models_own_likelihoods(tasks, tokenizer):
     main(["eval", "tasks", "runs/demo", "--include", "tasks", "--dtype", "float64"])
     rows = {row["task"]: row["metrics"] for row in report("tasks")["tasks"]}
     model = build("retnet", tokenizer.get_vocab_size()).float().double()
-    right, nats, words = 0, 0.0, []
+    right, nats, words, end = 0, 0.0, [], end_id(tokenizer)
     for line in (tasks / "choice.jsonl").read_text().splitlines():
         row = json.loads(line)
-        context = tokenizer.encode(row["question"]).ids
-        scores = [
-            plain(
-                model, context, tokenizer.encode(f"{row['question']} {choice}").ids[len(context) :]
-            )
-            for choice in row["choices"]
-        ]
+        context = [end, *tokenizer.encode(row["question"]).ids]
+        scores = []
+        for choice in row["choices"]:
+            both = [end, *tokenizer.encode(f"{row['question']} {choice}").ids]
+            scores.append(plain(model, context, both[len(context) :]))
         right += scores.index(max(scores)) == row["label"]
     assert rows["choice"]["acc"]["value"] == right / 4
     size = 0
     for line in (tasks / "lines.jsonl").read_text().splitlines():
         string = json.loads(line)["text"]
-        ids = tokenizer.encode(string).ids
-        nats -= plain(model, [end_id(tokenizer)], ids)
-        first = len(tokenizer.encode(string.rsplit(" ", 1)[0]).ids)
+        ids = [end, *tokenizer.encode(string).ids]
+        nats -= plain(model, [end], ids)
+        first = 1 + len(tokenizer.encode(string.rsplit(" ", 1)[0]).ids)
         words.append(plain(model, ids[:first], ids[first:]))
         size += len(string)
     assert rows["whole"]["bits_per_byte"]["value"] == pytest.approx(nats / size / math.log(2))
@@ -301,13 +301,24 @@ def test_the_adaptor_has_a_name_in_lm_eval(lm_eval, folder):
     assert value < 0 and lm.max_length == 64
 
 
-def test_texts_begin_with_the_token_that_the_tokenizer_names(lm_eval, folder, tokenizer):
-    begin = tokenizer.id_to_token(5)
-    for token in (begin, {"content": begin}):
-        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": token}))
-        assert lm_eval.RetentiveLM("runs/demo").prefix_token_id == 5
-    (folder / "tokenizer_config.json").write_text("{}")
-    assert lm_eval.RetentiveLM("runs/demo").prefix_token_id == end_id(tokenizer)
+@pytest.mark.parametrize(
+    ("config", "begin", "put_before"),
+    [
+        (None, 0, True),
+        ({}, 0, True),
+        ({"bos_token": "a"}, "a", False),
+        ({"bos_token": {"content": "a"}, "add_bos_token": True}, "a", True),
+        ({"bos_token": "<|end|>", "add_bos_token": False}, 0, False),
+    ],
+)
+def test_texts_begin_as_the_folder_says(folder, tokenizer, config, begin, put_before):
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    text = TextTokenizer.load(folder)
+    assert text.begin == (tokenizer.token_to_id(begin) if begin else end_id(tokenizer))
+    ids = tokenizer.encode("the state").ids
+    assert text.encode("the state", begin=False) == ids
+    assert text.encode("the state", begin=True) == ([text.begin, *ids] if put_before else ids)
 
 
 @pytest.mark.parametrize(
