@@ -20,7 +20,7 @@ from retentive.models.config import ModelConfig
 from retentive.models.layers import Recomputing, Scaled, dropout, norm, reset_vectors
 from retentive.models.layout import Angles, Layout, Rotation
 from retentive.models.linear import Linear
-from retentive.models.loss import linear_cross_entropy
+from retentive.models.loss import cross_entropy, linear_cross_entropy
 from retentive.models.quantized import QuantizedEmbedding, QuantizedLinear, use_quantized_layers
 from retentive.models.state import RetNetState
 
@@ -128,8 +128,10 @@ class LanguageModel(nn.Module):
     def loss(self, h: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross entropy in nats of `head(h)` against targets, -100 for none; "mean" or "sum".
 
-        The logits never exist as a whole (`retentive.models.loss`).
+        The logits never exist as a whole (`retentive.models.loss`), but of a head with an adapter.
         """
+        if not isinstance(self.lm_head, nn.Linear | QuantizedLinear | None):
+            return cross_entropy(self.head(h), targets, reduction)
         weight = self.head_weight
         bias = None if self.lm_head is None else self.lm_head.bias
         return linear_cross_entropy(h, weight, targets, reduction, bias)

@@ -48,7 +48,8 @@ class Recomputing(nn.Module):
         """
         if not (self.recompute and torch.is_grad_enabled()):
             return segment(*inputs)
-        return checkpoint(segment, *inputs, use_reentrant=False, preserve_rng_state=False)
+        draws = any(isinstance(part, nn.Dropout) for part in self.modules())  # an adapter's
+        return checkpoint(segment, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
 class RetentionOptions(TypedDict, total=False):

@@ -27,13 +27,7 @@ def linear_cross_entropy(
     are at hand: logits are computed once and never exist as a whole. Products run in the autocast
     dtype, the softmax and all sums in float32 (float64 for float64).
     """
-    if reduction not in REDUCTIONS:
-        raise InputError(f"unknown reduction {reduction!r}; choose {' or '.join(REDUCTIONS)}")
-    if targets.shape != h.shape[:-1]:
-        raise InputError(
-            f"targets are {list(targets.shape)} for h {list(h.shape)}; give one a token"
-        )
-    _check_range(targets, weight.shape[0])
+    _check(reduction, targets, h, weight.shape[0])
     kind = h.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else h.dtype
@@ -42,7 +36,15 @@ def linear_cross_entropy(
     flat = targets.flatten()
     with torch.autocast(kind, enabled=False):
         total = _LinearCrossEntropy.apply(h.flatten(0, -2), weight, bias, flat, dtype, needed)
-    return total if reduction == "sum" else total / (flat != IGNORED).sum().clamp(min=1)
+    return _reduced(total, targets, reduction)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """The same of logits `[...,W]` that are there: of a head that is more than a weight."""
+    _check(reduction, targets, logits, logits.shape[-1])
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    total = F.cross_entropy(exact, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return _reduced(total, targets, reduction)
 
 
 class _LinearCrossEntropy(Function):
@@ -102,6 +104,21 @@ class _LinearCrossEntropy(Function):
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Tokens whose logits are formed at once: 16 MB on a CPU, for its cache, 256 MB elsewhere."""
     return max(128, (2**22 if device.type == "cpu" else 2**26) // vocab_size)
+
+
+def _reduced(total: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    return total if reduction == "sum" else total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def _check(reduction: str, targets: Tensor, x: Tensor, vocab_size: int) -> None:
+    """x `[...,D]` or `[...,W]`."""
+    if reduction not in REDUCTIONS:
+        raise InputError(f"unknown reduction {reduction!r}; choose {' or '.join(REDUCTIONS)}")
+    if targets.shape != x.shape[:-1]:
+        raise InputError(
+            f"targets are {list(targets.shape)} for h {list(x.shape)}; give one a token"
+        )
+    _check_range(targets, vocab_size)
 
 
 def _check_range(targets: Tensor, vocab_size: int) -> None:
