@@ -55,12 +55,13 @@ def difference(model: Any, folder: Path, form: str) -> float:
 
 
 def main(folders: list[str]) -> None:
-    print("| checkpoint | form | float32 | float64 |\n|---|---|---|---|")
+    print("| checkpoint | " + " | ".join(FORMS) + " | float64, worst |")
+    print("|---|" + "---|" * (len(FORMS) + 1))
     for folder in map(Path, folders):
-        models = [retentive.load(folder, dtype=dtype) for dtype in ("float32", "float64")]
-        for form in FORMS:
-            found = [difference(model, folder, form) for model in models]
-            print(f"| {folder.name} | {form} | {found[0]:.1e} | {found[1]:.1e} |", flush=True)
+        single, double = (retentive.load(folder, dtype=dtype) for dtype in ("float32", "float64"))
+        found = [difference(single, folder, form) for form in FORMS]
+        found.append(max(difference(double, folder, form) for form in FORMS))
+        print(f"| {folder.name} | {' | '.join(f'{x:.0e}' for x in found)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,55 @@ def test_there_and_back_is_the_same_to_the_bit(golden, name, tmp_path):
     ).read_bytes()
 
 
+SIZES = {"vocab_size": 31, "hidden_size": 24, "num_hidden_layers": 3, "num_heads": 4}
+FLA = SIZES | {
+    "rotation": "rope",
+    "head_norm": "rmsnorm",
+    "norm": "rmsnorm",
+    "gated_ffn": True,
+    "hidden_act": "swish",
+}
+ATTENTION = {"num_heads": 2, "num_kv_heads": 1, "qkv_bias": True, "window": 5, "rope_theta": 5e5}
+TORCHSCALE = FLA | {"rotation": "official", "row_scale": True}
+DEEPNORM = {"residual_scale": 6**0.25}
+POST_NORM = {"block": "post-norm", "final_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("to", "options"),
+    [
+        ("fla", FLA | {"head_norm_affine": True, "gate": False}),
+        ("fla", FLA | {"num_kv_heads": 2, "qk_dim": 40, "value_dim": 88}),
+        ("fla", FLA | {"norm_eps": 1e-5, "head_norm_eps": 1e-5, "tie_word_embeddings": True}),
+        ("fla", FLA | {"attention_layers": (0, 2), "attention": ATTENTION}),
+        ("torchscale", TORCHSCALE | DEEPNORM),
+        ("torchscale", TORCHSCALE | DEEPNORM | POST_NORM | {"hidden_act": "gelu"}),
+        ("torchscale", TORCHSCALE | POST_NORM | {"tie_word_embeddings": True}),
+        ("torchscale", TORCHSCALE | {"embed_scale": 24**0.5, "embed_norm": True, "value_dim": 40}),
+    ],
+)
+def test_every_option_of_a_target_comes_back(tmp_path, to, options):
+    save_model(retentive.RetNet(RetNetConfig(**options)), tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", to=to)
+    convert(tmp_path / "theirs", tmp_path / "back")
+    assert load_config(tmp_path / "back") == load_config(tmp_path / "ours")
+    expected = load_file(tmp_path / "ours" / "model.safetensors")
+    assert same(load_file(tmp_path / "back" / "model.safetensors"), expected)
+
+
+def test_a_head_norm_that_was_not_fused(golden, tmp_path):
+    """fuse_norm false gives the same tensor another name."""
+    fused = golden / "D6_fla_hybrid"
+    weights = {
+        name.replace("g_norm_swish_gate", "g_norm"): tensor
+        for name, tensor in stored(fused).items()
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    config = json.loads((fused / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "fuse_norm": False}))
+    assert same(retentive.load(tmp_path).state_dict(), retentive.load(fused).state_dict())
+
+
 def test_dtypes(golden, tmp_path):
     folder = golden / "D4_syncdoth_v2_lnemb"
     convert(folder, tmp_path / "half", dtype="bfloat16")
