@@ -75,12 +75,23 @@ def describe(config: Config) -> str:
     else:
         heads = f"{config.head_dim}, {config.kv_heads} of keys and values"
     scheme = config.quantization
+    others = attention_layers(config) if isinstance(config, RetNetConfig) else ""
     bits = "" if scheme is None else f", weights of {scheme.bits} bits"
     return (
         f"{_kind(config)}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.num_heads} heads of {heads}, FFN {config.intermediate_size}, "
-        f"vocabulary {config.vocab_size}{bits}"
+        f"vocabulary {config.vocab_size}{others}{bits}"
     )
+
+
+def attention_layers(config: RetNetConfig) -> str:
+    """What `describe` says of a hybrid's other layers."""
+    if config.attention is None:
+        return ""
+    layers = ", ".join(map(str, config.attention_layers))
+    window = config.attention.window
+    seen = "" if window is None else f" to the last {window} tokens"
+    return f", attention{seen} in layers {layers} (from 0)"
 
 
 def parameter_table(config: Config) -> Table:
@@ -130,7 +141,7 @@ def size(count: float) -> str:
 
 def _kind(config: Config) -> str:
     if isinstance(config, RetNetConfig):
-        return "RetNet"
+        return "hybrid RetNet" if config.attention_layers else "RetNet"
     fold = config.num_heads // config.kv_heads
     return "Transformer, " + ("MHA" if fold == 1 else f"GQA {fold}-fold")
 

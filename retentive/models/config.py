@@ -268,6 +268,15 @@ class RetNetConfig(ModelConfig):
         K, V = self.qk_head_dim, self.value_head_dim
         return self.num_heads * (K + (2 if self.gate else 1) * V) + self.kv_heads * (K + V)
 
+    @property
+    def mixer_dims(self) -> float:
+        """As `projected_dims`, in the mean of all layers: a hybrid's attention layers, too."""
+        if self.attention is None:
+            return self.projected_dims
+        attention = 2 * self.hidden_size * (1 + self.attention.kv_heads / self.attention.num_heads)
+        share = len(self.attention_layers) / self.num_hidden_layers
+        return share * attention + (1 - share) * self.projected_dims
+
     @classmethod
     def named(cls, size: str, **overrides: Any) -> Self:
         """A size of the paper (200m, 1.3b, 2.7b, 6.7b, 13b) or "demo", but for `overrides`."""
@@ -354,7 +363,7 @@ class TransformerConfig(ModelConfig):
         shared |= {"num_heads": num_heads, "num_kv_heads": kv_heads, "quantization": None}
         cls(**shared)  # checks that the heads divide before they are divided
         matrices = 3 if retnet.gated_ffn else 2
-        layer = retnet.projected_dims + matrices * retnet.ffn_dim
+        layer = retnet.mixer_dims + matrices * retnet.ffn_dim
         attention = 2 * width + 2 * width * kv_heads // num_heads
         return cls(**{**shared, "intermediate_size": _round_to(8, (layer - attention) / matrices)})
 

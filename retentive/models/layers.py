@@ -4,12 +4,10 @@ Shapes: B rows, T tokens, D width, H heads, K and V head dims; x `[B,T,D]`, stat
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Self, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn import init
 from torch.utils.checkpoint import checkpoint
 
@@ -22,17 +20,13 @@ from retentive.models.config import (
     RetNetConfig,
     RotationRule,
 )
-from retentive.models.layout import Constant, Layout, Rotation, exponents, rotate
+from retentive.models.fused import ACTIVATIONS, around
+from retentive.models.layout import Constant, Layout, Rotation, exponents
 from retentive.models.linear import Linear
+from retentive.models.norms import RMSNorm
 from retentive.models.xpos import XPosRetention
 from retentive.ops import retention
 from retentive.ops.decay import log_decay
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "swish": F.silu,
-}
 
 
 class Recomputing(nn.Module):
@@ -114,7 +108,7 @@ class MultiScaleRetention(Recomputing):
         self.k_proj = Linear(hidden_size, G * K, config.qkv_bias)
         self.v_proj = Linear(hidden_size, G * V, config.qkv_bias)
         self.g_proj = Linear(hidden_size, num_heads * V, config.gate_bias) if config.gate else None
-        self.gate_act = ACTIVATIONS[config.gate_act]
+        self.gate_act = config.gate_act
         self.head_norm = head_norm(config)
         self.o_proj = Linear(num_heads * V, hidden_size, config.out_bias)
         self.fused_proj: nn.Module | None = None
@@ -144,13 +138,13 @@ class MultiScaleRetention(Recomputing):
         """
         if layout is None:
             layout = self._layout(x, state, positions)
-        angles = layout.angles
         q, k, v, gate = self.project(x)
         q = q.unflatten(-1, (self.num_heads, -1))
         k, v = (y.unflatten(-1, (self.num_kv_heads, -1)) for y in (k, v))
+        q, k = around(self.backend, q).rotate(q, k, layout.angles)
         o, final = self.retain(
-            rotate(q, angles.cos, angles.sin),
-            self.share(rotate(k, angles.key_cos, angles.key_sin)),
+            q,
+            self.share(k),
             self.share(v),
             self.log_decay.on(x.device),
             state=layout.enter(state),
@@ -175,8 +169,9 @@ class MultiScaleRetention(Recomputing):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """y `[B,T,D]` of what the op gives, o `[B,T,H,V]`."""
-        normed = self.head_norm(o).flatten(-2)
-        return self.o_proj(normed if gate is None else self.gate_act(gate) * normed)
+        return self.o_proj(
+            around(self.backend, o).norm_gate(o, gate, self.head_norm, self.gate_act)
+        )
 
     @property
     def state_decay(self) -> Tensor:
@@ -311,7 +306,7 @@ def optional_norm(kind: OptionalNorm, size: int, eps: float, affine: bool = True
     """Over the last dim of `size`; in the place of "none" what leaves x as it is."""
     if kind == "none":
         return nn.Identity()
-    made = nn.LayerNorm if kind == "layernorm" else nn.RMSNorm
+    made = nn.LayerNorm if kind == "layernorm" else RMSNorm
     return made(size, eps=eps, elementwise_affine=affine)
 
 

@@ -16,6 +16,7 @@ from retentive.models.checkpoint import save_model
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.files import fingerprint
 from retentive.models.language_model import LanguageModel
+from retentive.models.nested import AttentionConfig
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 from retentive.models.transformer import Transformer
@@ -25,6 +26,38 @@ CONFIGS = {
     "plain": RetNetConfig(**SIZES),
     "gated": RetNetConfig(**SIZES, gated_ffn=True, hidden_act="swish", row_scale=True),
     "ablated": RetNetConfig(**SIZES, gate=False, head_norm="none", tie_word_embeddings=True),
+    "post-norm": RetNetConfig(
+        **SIZES,
+        block="post-norm",
+        residual_scale=2**0.5,
+        final_norm=False,
+        embed_scale=8.0,
+        embed_norm=True,
+        ffn_bias=True,
+        ffn_subln="layernorm",
+    ),
+    "parallel": RetNetConfig(
+        **SIZES,
+        block="parallel",
+        gate_act="gelu",
+        head_norm_affine=True,
+        rotary_dim=4,
+        num_kv_heads=2,
+        qkv_bias=True,
+        out_bias=True,
+        head_bias=True,
+    ),
+    "xpos": RetNetConfig(
+        **SIZES,
+        block="output-norm",
+        rotation="rope-across-heads",
+        xpos_base=32.0,
+        gate_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "hybrid": RetNetConfig(
+        **SIZES, attention_layers=(0,), attention=AttentionConfig(4, qkv_bias=True, window=8)
+    ),
     "transformer": TransformerConfig(**SIZES, num_kv_heads=2, gated_ffn=True),
 }
 START = AHEAD - 3  # so that the steps cross the end of a table of angles
@@ -34,6 +67,11 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     config = CONFIGS[name]
     model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
     model.init_weights(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:  # biases and norms: it shows where they act
+                weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
     return model.to(dtype).eval()
 
 
@@ -148,7 +186,9 @@ def test_far_positions_keep_their_angles(tokens):
 
 
 def test_only_a_retnet_has_a_runner_of_its_own():
-    for name, kind in (("plain", DecodeRunner), ("transformer", ModelRunner)):
+    kinds = {"plain": DecodeRunner, "parallel": DecodeRunner, "xpos": DecodeRunner}
+    kinds |= {"hybrid": ModelRunner, "transformer": ModelRunner}
+    for name, kind in kinds.items():
         model = build(name)
         assert type(runner(model, model.init_state(1))) is kind
 

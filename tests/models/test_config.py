@@ -1,5 +1,6 @@
 """Configs: what is left out is filled in, what is wrong is said in a line."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,11 +8,19 @@ import torch
 
 from retentive.errors import InputError
 from retentive.models import counts
-from retentive.models.config import SIZES, RetNetConfig, TransformerConfig, config_from_dict
+from retentive.models.config import (
+    SIZES,
+    SPARSE,
+    RetNetConfig,
+    TransformerConfig,
+    config_from_dict,
+)
+from retentive.models.nested import AttentionConfig
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 
 SMALL = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2}
+HYBRID = {"attention_layers": [1], "attention": {"num_heads": 2}}
 
 
 def test_defaults_are_the_papers_layer() -> None:
@@ -93,6 +102,9 @@ def test_the_matching_transformer_of_a_retnet_without_a_gate() -> None:
         RetNetConfig(**SMALL, decay=(-0.1, 0.0), row_scale=True),
         RetNetConfig(**SMALL, gate=False, head_norm="none"),
         RetNetConfig.named("200m", tie_word_embeddings=True),
+        RetNetConfig(**SMALL, block="post-norm", residual_scale=8**0.25, final_norm=False),
+        RetNetConfig(**SMALL, xpos_base=512.0, rotation="rope-across-heads", ffn_subln="rmsnorm"),
+        RetNetConfig(**SMALL, attention_layers=(0,), attention=AttentionConfig(2, window=7)),
         TransformerConfig(**SMALL, num_kv_heads=1),
     ],
 )
@@ -109,6 +121,22 @@ def test_json_there_and_back(config) -> None:
         "use_cache": True,
     }
     assert config_from_dict({**fields, **bookkeeping}) == config
+
+
+def test_a_plain_retnet_writes_no_field_that_only_others_need() -> None:
+    plain = RetNetConfig(**SMALL).to_dict()
+    assert not SPARSE & plain.keys()
+    assert plain.keys() >= {"hidden_size", "decay", "rotation", "row_scale"}
+    set_by_hand = RetNetConfig(**SMALL, num_kv_heads=1, attention_layers=()).to_dict()
+    assert set_by_hand.keys() - plain.keys() == {"num_kv_heads"}
+    assert SPARSE <= {field.name for field in dataclasses.fields(RetNetConfig)}
+
+
+def test_attention_may_be_given_by_its_fields() -> None:
+    """As a TOML table or JSON has it."""
+    given = RetNetConfig(**SMALL, attention_layers=(1,), attention={"num_heads": 4, "window": 8})
+    assert given.attention == AttentionConfig(4, window=8)
+    assert (given.attention.kv_heads, given.attention.qkv_bias) == (4, False)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +163,31 @@ def test_json_there_and_back(config) -> None:
         ({"num_heads": 0}, ["num_heads", "above 0"]),
         ({"value_dim": 129}, ["value_dim 129", "num_heads 2"]),
         ({"qk_dim": 6}, ["qk_dim 6", "odd", "3"]),
+        ({"block": "prenorm"}, ["'prenorm'", "did you mean 'pre-norm'", "parallel"]),
+        ({"residual_scale": 0}, ["residual_scale", "above 0"]),
+        ({"embed_scale": -1.0}, ["embed_scale", "above 0"]),
+        ({"head_bias": True, "tie_word_embeddings": True}, ["tied head", "head_bias"]),
+        ({"gate_bias": True, "gate": False}, ["gate_bias", "without a gate"]),
+        ({"head_norm_affine": True, "head_norm": "none"}, ["head_norm_affine", "none"]),
+        ({"num_kv_heads": 0}, ["num_kv_heads", "above 0"]),
+        ({"num_heads": 4, "num_kv_heads": 3}, ["num_heads 4", "num_kv_heads 3"]),
+        ({"rotary_dim": 5}, ["rotary_dim is 5", "even", "32"]),
+        ({"rotary_dim": 34}, ["rotary_dim is 34", "2 to the head dim 32"]),
+        ({"rotation": "rope-across-heads", "rotary_dim": 4}, ["rope-across-heads", "rotary_dim"]),
+        ({"rotation": "rope-across-heads", "num_kv_heads": 1}, ["across-heads", "num_kv_heads"]),
+        ({"xpos_base": 0.0}, ["xpos_base", "above 0"]),
+        ({"attention_layers": [1]}, ["attention_layers", "both or neither"]),
+        ({"attention": {"num_heads": 2}}, ["attention_layers", "both or neither"]),
+        ({**HYBRID, "attention_layers": [2]}, ["attention_layers is [2]", "0 to 1"]),
+        ({**HYBRID, "attention_layers": [1, 0]}, ["[1, 0]", "rising"]),
+        ({**HYBRID, "attention_layers": [1.5]}, ["attention_layers", "a list of numbers"]),
+        ({**HYBRID, "attention": {"num_heads": 3}}, ["hidden_size 64", "attention num_heads 3"]),
+        ({**HYBRID, "attention": {"num_heads": 64}}, ["odd head dim 1"]),
+        ({**HYBRID, "attention": {"heads": 2}}, ["attention key 'heads'", "num_heads"]),
+        ({**HYBRID, "attention": {}}, ["attention lacks 'num_heads'"]),
+        ({**HYBRID, "attention": {"num_heads": 4, "num_kv_heads": 3}}, ["num_kv_heads 3"]),
+        ({**HYBRID, "attention": {"num_heads": 4, "window": 0}}, ["attention window", "above 0"]),
+        ({**HYBRID, "attention": {"num_heads": 4, "window": 8.5}}, ["window", "a whole number"]),
     ],
 )
 def test_refuses_a_wrong_field(fields: dict, words: list[str]) -> None:

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from retentive.models import counts
 from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.nested import AttentionConfig
 
 
 def test_parameters_are_the_models(model) -> None:
@@ -27,7 +28,9 @@ def test_flops_of_the_products_are_those_run(model, tokens: Tensor) -> None:
         model(tokens[:1])
     run = counter.get_flop_counts()["Global"]
     products = sum(flops for op, flops in run.items() if str(op) in ("aten.mm", "aten.addmm"))
-    mixing = config.num_hidden_layers * counts.mixing_flops(config, 5)
+    attended = getattr(config, "attention_layers", ())
+    kinds = ["attention" if index in attended else None for index in range(len(model.layers))]
+    mixing = sum(counts.mixing_flops(config, 5, kind) for kind in kinds)
     assert products == count * (counts.flops_per_token(config, 5) - mixing)
     headless = counts.flops_per_token(config, 5, head=False)
     head = 2 * config.vocab_size * config.hidden_size
@@ -55,8 +58,29 @@ def test_state_bytes_are_the_states(model, tokens: Tensor) -> None:
     context = tokens.shape[1]
     assert counts.state_bytes(model.config, context) == state.nbytes
     half = counts.state_bytes(model.config, context, dtype=torch.bfloat16)
-    shrinks = 2 if isinstance(model.config, TransformerConfig) else 1
-    assert half * shrinks == state.nbytes
+    retention = sum(layer.nbytes for layer in state.layers if layer.kind == "retention")
+    assert 2 * (half - retention) == state.nbytes - retention
+
+
+def test_a_window_bounds_what_attention_costs() -> None:
+    attention = AttentionConfig(num_heads=2, window=100)
+    hybrid = RetNetConfig(
+        vocab_size=100,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_heads=2,
+        attention_layers=(1,),
+        attention=attention,
+    )
+    assert counts.mixing_flops(hybrid, 5, "attention") == 4 * 5 * 64
+    assert counts.mixing_flops(hybrid, 10**6, "attention") == 4 * 100 * 64
+    state = 2 * 2 * 32 * 64  # layers, heads, K, V
+    assert counts.state_bytes(hybrid, 10**6) == 4 * (state + 2 * 99 * 64)
+    step = counts.decode_bytes(hybrid, 3, 10**6) - counts.decode_bytes(hybrid, 0, 0)
+    assert step == 3 * 4 * (2 * state + 2 * 99 * 64)
+    baseline = TransformerConfig.matching(hybrid)
+    given, wanted = (sum(counts.parameters(c).values()) for c in (baseline, hybrid))
+    assert given == pytest.approx(wanted, rel=0.02)
 
 
 @pytest.mark.parametrize("size", ["1.3b", "6.7b"])

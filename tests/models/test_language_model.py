@@ -8,7 +8,8 @@ from torch import Tensor
 
 from retentive.errors import InputError
 from retentive.models.language_model import LanguageModel
-from retentive.models.state import RetNetState, concat
+from retentive.models.state import RetentionState, RetNetState, concat
+from retentive.ops import FORMS
 
 EXACT = {"rtol": 0.0, "atol": 1e-11}
 
@@ -16,12 +17,11 @@ EXACT = {"rtol": 0.0, "atol": 1e-11}
 def assert_same_state(given: RetNetState, wanted: RetNetState) -> None:
     """Equal in what each row remembers; a cache's room and what lies beyond a row may differ."""
     assert torch.equal(given.positions, wanted.positions)
-    for row, length in enumerate(given.positions.tolist()):
+    for row in range(given.batch_size):
         for one, other in zip(given.layers, wanted.layers, strict=True):
-            pairs = zip(one.tensors().items(), other.tensors().items(), strict=True)
-            for (name, x), (_, y) in pairs:
-                span = slice(None) if name == "S" else slice(length)
-                torch.testing.assert_close(x[row, :, span], y[row, :, span], **EXACT)
+            of_retention = isinstance(one, RetentionState)
+            pair = (x.S[row] if of_retention else x.row(row) for x in (one, other))
+            torch.testing.assert_close(*pair, **EXACT)
 
 
 def gradients(model: LanguageModel, value: Tensor, keep: bool = False) -> list[Tensor]:
@@ -52,6 +52,15 @@ def test_without_gradients_too(model: LanguageModel, tokens: Tensor) -> None:
             pieces.append(logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, **EXACT)
     assert_same_state(state, wanted)
+
+
+def test_every_form_is_the_same_model(retnet: LanguageModel, tokens: Tensor) -> None:
+    whole, wanted = retnet(tokens)
+    for form in FORMS:
+        _, state = retnet.use(form=form)(tokens[:, :4])
+        logits, after = retnet(tokens[:, 4:], state)
+        torch.testing.assert_close(logits, whole[:, 4:], **EXACT)
+        assert_same_state(after, wanted)
 
 
 MASKS = {
@@ -183,7 +192,8 @@ def test_gradients_reach_back_through_a_state(model: LanguageModel, tokens: Tens
         torch.testing.assert_close(one, other, **EXACT)
     _, state = model(tokens[:, :6])
     cut, _ = model(tokens[:, 6:], state.detach())
-    assert not any(x.requires_grad for x in state.detach().layers[0].tensors().values())
+    detached = [x for layer in state.detach().layers for x in layer.tensors().values()]
+    assert not any(x.requires_grad for x in detached)
     assert not torch.allclose(gradients(model, cut.square().sum())[0], wanted[0])
 
 
@@ -195,7 +205,7 @@ def test_embeddings_stand_for_tokens(model: LanguageModel, tokens: Tensor) -> No
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_gives_equal_gradients(make_model, tokens, dropout) -> None:
     found = []
-    for name in ("retnet-official", "transformer"):
+    for name in ("retnet-official", "parallel", "xpos", "hybrid", "transformer"):
         for checkpointed in (False, True):
             model = make_model(name, dropout=dropout).train()
             model.checkpoint_layers = checkpointed
@@ -232,7 +242,9 @@ def test_inference_mode_and_back(model: LanguageModel, tokens: Tensor) -> None:
     torch.testing.assert_close(logits, model(tokens)[0][:, 4:], **EXACT)
 
 
-@pytest.mark.parametrize(("name", "training"), [("retnet", False), ("retnet-official", True)])
+@pytest.mark.parametrize(
+    ("name", "training"), [("retnet", False), ("retnet-official", True), ("parallel", False)]
+)
 def test_compiles_as_one_graph(make_model, tokens: Tensor, name: str, training: bool) -> None:
     model = make_model(name).train(training)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -272,6 +284,16 @@ def test_weights_have_their_values_from_the_seed(make_model) -> None:
     other.init_weights(seed=1)
     assert not torch.equal(one.embed_tokens.weight, other.embed_tokens.weight)
     assert one.embed_tokens.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["post-norm", "parallel", "hybrid"])
+def test_norms_and_biases_start_as_if_they_were_not_there(make_model, name: str) -> None:
+    model = make_model(name)
+    model.init_weights(seed=0)
+    vectors = {key: weight for key, weight in model.named_parameters() if weight.ndim == 1}
+    assert any("bias" in key for key in vectors) and any("norm" in key for key in vectors)
+    for key, weight in vectors.items():
+        assert torch.equal(weight, torch.full_like(weight, "bias" not in key)), key
 
 
 def xavier(fan_in: int, fan_out: int) -> float:

@@ -10,24 +10,40 @@ from torch.nn import functional as F
 from retentive.devices import available_devices
 from retentive.errors import InputError
 from retentive.models.layers import MultiScaleRetention
-from retentive.models.layout import Rotation
+from retentive.models.layout import Rotation, rotate
 from retentive.ops.decay import log_decay
 
 EXACT = {"rtol": 0.0, "atol": 1e-11}
 
 
+def exponents(rule: str, heads: int, pairs: int) -> Tensor:
+    """e of θ = base^(-e), `[heads,pairs]`."""
+    p = torch.arange(pairs, dtype=torch.float64)
+    if rule == "rope-across-heads":
+        return torch.stack([(head * pairs + p) / (heads * pairs) for head in range(heads)])
+    return (p / pairs if rule == "rope" else p / (pairs - 1)).expand(heads, pairs)
+
+
 def by_the_paper(layer: MultiScaleRetention, x: Tensor, heads: int, options: dict) -> Tensor:
     """One row x `[T,D]`. Pairs are complex numbers that turn by e^{inθ}, as the paper has them."""
-    q, k, v = (p(x).unflatten(-1, (heads, -1)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    groups = options.get("num_kv_heads", heads)
+    q = layer.q_proj(x).unflatten(-1, (heads, -1))
+    k, v = (p(x).unflatten(-1, (groups, -1)) for p in (layer.k_proj, layer.v_proj))
+    k, v = (torch.stack([y[:, h * groups // heads] for h in range(heads)], 1) for y in (k, v))
     K = q.shape[-1]
-    half = K // 2
-    p = torch.arange(half, dtype=torch.float64)
-    exponent = p / half if options.get("rotation") == "rope" else p / (half - 1)
-    theta = options.get("rotation_base", 10000.0) ** -exponent
-    turn = torch.exp(1j * torch.arange(len(x))[:, None, None] * theta)
+    half, pairs = K // 2, options.get("rotary_dim", K) // 2
+    e = exponents(options.get("rotation", "official"), heads, pairs)
+    theta = torch.zeros(heads, half, dtype=torch.float64)
+    theta[:, :pairs] = options.get("rotation_base", 10000.0) ** -e
+    n = torch.arange(len(x))[:, None, None]
+    turn = torch.exp(1j * n * theta)
     q, k = (torch.complex(y[..., :half], y[..., half:]) * turn for y in (q, k))
+    if "xpos_base" in options:
+        zeta = ((e + 0.4) / 1.4) ** (n / options["xpos_base"])
+        q[..., :pairs] *= zeta
+        k[..., :pairs] /= zeta
     gamma = torch.exp(log_decay(heads, options.get("decay", "power")))
-    y = torch.zeros_like(v)
+    y = torch.zeros(len(x), heads, v.shape[-1], dtype=v.dtype)
     for n in range(len(x)):
         powers = gamma[None] ** (n - torch.arange(n + 1))[:, None]
         scores = (q[n].conj() * k[: n + 1]).sum(-1).real * K**-0.5 * powers
@@ -38,9 +54,15 @@ def by_the_paper(layer: MultiScaleRetention, x: Tensor, heads: int, options: dic
         y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     elif options.get("head_norm") != "none":  # GroupNorm with one group a head
         y = F.group_norm(y.flatten(1), heads, eps=1e-6).view_as(y)
+    if options.get("head_norm_affine"):
+        y = y * layer.head_norm.weight
+        if options.get("head_norm") != "rmsnorm":
+            y = y + layer.head_norm.bias
     if layer.g_proj is None:
         return layer.o_proj(y.flatten(1))
     gate = layer.g_proj(x)
+    if options.get("gate_act") == "gelu":
+        return layer.o_proj(gate * (1 + torch.erf(gate / 2**0.5)) / 2 * y.flatten(1))
     return layer.o_proj(gate * torch.sigmoid(gate) * y.flatten(1))
 
 
@@ -53,12 +75,25 @@ OPTIONS = [
     {"gate": False},
     {"head_norm": "none"},
     {"gate": False, "head_norm": "none", "decay": (0.0, 0.0), "row_scale": True},
+    {"num_kv_heads": 1},
+    {"rotary_dim": 4},
+    {"rotary_dim": 8, "rotation": "rope", "row_scale": True, "num_kv_heads": 1},
+    {"rotation": "rope-across-heads"},
+    {"rotation": "rope-across-heads", "xpos_base": 4.0, "qk_dim": 16},
+    {"rotary_dim": 6, "xpos_base": 4.0, "row_scale": True, "num_kv_heads": 1},
+    {"gate_act": "gelu", "qkv_bias": True},
+    {"gate_bias": True, "out_bias": True, "head_norm_affine": True},
+    {"head_norm_affine": True, "head_norm": "rmsnorm"},
 ]
 
 
 def make_layer(options: dict) -> MultiScaleRetention:
     torch.manual_seed(0)
-    return MultiScaleRetention(24, 2, **options).double()
+    layer = MultiScaleRetention(24, 2, **options)
+    for name, weight in layer.named_parameters():
+        if weight.ndim == 1:  # of a norm, or a bias
+            torch.nn.init.normal_(weight, float("weight" in name), 0.3)
+    return layer.double()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -181,6 +216,39 @@ def test_states_stay_in_float32(dtype: torch.dtype) -> None:
     assert state.dtype == torch.float32
 
 
+def test_partial_rotation_is_that_of_other_code_in_another_order() -> None:
+    """What `RetNetConfig` promises for checkpoints whose first rotary_dim dims of a head turn."""
+    K, R = 12, 8
+    layer = make_layer({"rotary_dim": R, "rotation": "rope"})
+    other = make_layer({"rotary_dim": R, "rotation": "rope"})  # as if in the order of other code
+    order = torch.tensor([0, 1, 2, 3, 8, 9, 4, 5, 6, 7, 10, 11])
+    rows = torch.cat((order, K + order))
+    with torch.no_grad():
+        layer.q_proj.weight.copy_(other.q_proj.weight[rows])
+        layer.k_proj.weight.copy_(other.k_proj.weight[rows])
+    x = torch.randn(1, 7, 24, dtype=torch.float64)
+    theta = 10000.0 ** -(torch.arange(R // 2, dtype=torch.float64) / (R // 2))
+    angle = torch.arange(7)[:, None, None] * theta
+    scores = []
+    for given in (layer, other):
+        q, k = (p(x[0]).view(7, 2, K) for p in (given.q_proj, given.k_proj))
+        if given is other:
+            a, b, still = q.split([R // 2, R // 2, K - R], -1)
+            q = torch.cat(
+                (a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), still), -1
+            )
+            a, b, still = k.split([R // 2, R // 2, K - R], -1)
+            k = torch.cat(
+                (a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), still), -1
+            )
+        else:
+            angles = given.rotation(torch.arange(7)[None], torch.float64)
+            q = rotate(q[None], angles.cos, angles.sin)[0]
+            k = rotate(k[None], angles.cos, angles.sin)[0]
+        scores.append(torch.einsum("nhk,mhk->hnm", q, k))
+    torch.testing.assert_close(*scores, **EXACT)
+
+
 def test_learns_in_another_model() -> None:
     """A regression on a series, without tokens: gradients arrive, the loss falls."""
     torch.manual_seed(0)
@@ -203,6 +271,8 @@ def test_learns_in_another_model() -> None:
     [
         (lambda: MultiScaleRetention(30, 4), ["qk_dim 30", "num_heads 4"]),
         (lambda: MultiScaleRetention(12, 4), ["odd", "3"]),
+        (lambda: MultiScaleRetention(16, 2, head_nrm="none"), ["'head_nrm'", "did you mean"]),
+        (lambda: MultiScaleRetention(16, 2, norm="rmsnorm"), ["'norm'", "head_norm"]),
         (lambda: MultiScaleRetention(16, 2, head_norm="groupnorm"), ["'groupnorm'", "layernorm"]),
         (lambda: MultiScaleRetention(16, 2, head_norm="non"), ["'non'", "did you mean 'none'"]),
         (lambda: MultiScaleRetention(16, 2, gate=None), ["gate", "None", "true or false"]),

@@ -1,0 +1,68 @@
+"""RMSNorm on a CPU, where torch's is composed of many passes and keeps x three times over.
+
+At few tokens the reverse holds: there calls cost more than passes, and torch's own is taken.
+
+Shapes: x `[...,D]`, weight `[D]`, r `[...,1]`. Low precision is computed in float32, then cast.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+MANY = 2**15  # values, from where on passes cost more than calls
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm; for many tokens on a CPU it is differentiable once, and backward only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.numel() < MANY or torch.compiler.is_compiling():
+            return super().forward(x)
+        assert self.eps is not None
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.eps)[0]
+        return _rms_norm(x, self.weight, self.eps)[0]
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """y = x r w and r = √D / √(|x|² + D eps)."""
+    exact, size = _exact(x), x.shape[-1]
+    r = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    r = r.square_().add_(size * eps).rsqrt_().mul_(size**0.5)
+    y = exact * r
+    return (y if weight is None else y.mul_(weight)).to(x.dtype), r
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        return _rms_norm(x, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """With x̂ = x r:  dx = r (w dy - x̂ mean(w dy x̂))  and  dw = Σ dy x̂ over all tokens."""
+        x, weight, r = ctx.saved_tensors
+        dy, normed = _exact(gradients[0]), _exact(x) * r
+        along = dy * normed
+        if weight is None:
+            dweight, dx, mean = None, dy.clone(), along.mean(-1, keepdim=True)
+        else:
+            dweight = along.flatten(0, -2).sum(0).to(weight.dtype)
+            dx, mean = dy * weight, (along @ weight.to(along.dtype)).div_(x.shape[-1]).unsqueeze(-1)
+        dx = dx.addcmul_(normed, mean, value=-1).mul_(r)
+        return dx.to(x.dtype), dweight, None
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
