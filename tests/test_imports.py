@@ -24,11 +24,13 @@ ALLOWED = {  # a room or a module beside the rooms -> the rooms it may import, b
     "train": {"models", "ops", "data", "inference", "arguments"},
     "info": {"models", "ops", "arguments"},
     "compress": {"models", "ops", "data", "arguments"},
+    "hf": {"models", "ops", "data"},
     "eval": {"models", "ops", "data", "inference", "info", "arguments"},
     "convert": {"models", "ops", "data", "arguments", "compress"},
 }
 MAY_IMPORT_ANYTHING = {"__init__", "__main__", "cli", "bench", "demo"}
 OPTIONAL = {"safetensors", "tokenizers", "tyro", "pydantic", "rich", "matplotlib", "transformers"}
+OPTIONAL |= {"accelerate", "peft"}
 OPTIONAL |= {"huggingface_hub", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "lm_eval"}
 
 

@@ -1,0 +1,40 @@
+"""Our models in transformers: `import retentive.hf`, then its Auto classes open our folders.
+
+AutoConfig, AutoModelForCausalLM and AutoTokenizer, and with them `pipeline`, Trainer and PEFT. A
+folder that either package writes the other opens.
+"""
+
+try:
+    import transformers as _  # noqa: F401
+except ImportError:
+    raise ImportError('retentive.hf takes transformers: pip install "retentive[hf]"') from None
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from retentive.hf.cache import RetentiveCache
+from retentive.hf.config import RetentiveConfig, RetentiveTransformerConfig
+from retentive.hf.model import (
+    RetentiveForCausalLM,
+    RetentiveQuantizedForCausalLM,
+    RetentiveTransformerForCausalLM,
+)
+from retentive.hf.tokenizer import RetentiveTokenizer
+
+__all__ = [
+    "RetentiveCache",
+    "RetentiveConfig",
+    "RetentiveForCausalLM",
+    "RetentiveTokenizer",
+    "RetentiveTransformerConfig",
+    "RetentiveTransformerForCausalLM",
+]
+
+for _model in (
+    RetentiveForCausalLM,
+    RetentiveTransformerForCausalLM,
+    RetentiveQuantizedForCausalLM,
+):
+    _config = _model.config_class
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForCausalLM.register(_config, _model)
+    AutoTokenizer.register(_config, fast_tokenizer_class=RetentiveTokenizer)

@@ -1,0 +1,190 @@
+"""Our folders are transformers' folders: either opens what the other wrote, bit by bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+
+import retentive
+import retentive.hf as hf
+from retentive.compress.quantize import quantize
+from retentive.data.tokenizer import END, load_tokenizer, save_tokenizer
+from retentive.errors import InputError
+from retentive.models.checkpoint import load, load_config, save_model
+from retentive.models.layout import Constant
+from retentive.models.retnet import RetNet
+
+
+def same_weights(first, second) -> bool:
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_our_folder_opens_in_transformers(folder, tokens) -> None:
+    ours, theirs = load(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert same_weights(theirs, ours)
+    assert theirs.config.as_native() == ours.config
+    assert not theirs.training and not theirs.retentive.training
+    assert torch.equal(theirs(tokens).logits, ours(tokens)[0])
+
+
+def test_their_folder_opens_here(folder, tokens, tmp_path) -> None:
+    theirs, saved = AutoModelForCausalLM.from_pretrained(folder), tmp_path / "saved"
+    theirs.save_pretrained(saved)
+    ours = load(saved)
+    assert ours.config == load_config(folder)
+    assert same_weights(ours, theirs)
+    assert torch.equal(ours(tokens)[0], theirs(tokens).logits)
+    with safe_open(folder / "model.safetensors", "pt") as before:
+        with safe_open(saved / "model.safetensors", "pt") as after:
+            assert set(before.keys()) == set(after.keys())  # a tied head is in neither
+            assert after.metadata()["format"] == "pt"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_in_another_dtype(folder, tokens, tmp_path, dtype) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    ours = load(folder, dtype=str(dtype).removeprefix("torch."))
+    assert {weight.dtype for weight in theirs.parameters()} == {dtype}
+    assert all(
+        constant.value.dtype == torch.float64
+        for constant in theirs.modules()
+        if isinstance(constant, Constant)
+    )
+    assert torch.equal(theirs(tokens).logits, ours(tokens)[0])
+    theirs.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] in str(dtype)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == dtype
+
+
+def test_shards_open_on_both_sides(make_folder, tokens, tmp_path) -> None:
+    theirs, saved = AutoModelForCausalLM.from_pretrained(make_folder("retnet")), tmp_path / "saved"
+    theirs.save_pretrained(saved, max_shard_size="20KB")
+    assert len(list(saved.glob("model-*-of-*.safetensors"))) > 2
+    assert same_weights(AutoModelForCausalLM.from_pretrained(saved), theirs)
+    assert same_weights(retentive.load(saved), theirs)
+
+
+def test_a_new_model_is_initialised_as_ours(tmp_path) -> None:
+    config = hf.RetentiveConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_heads=4)
+    torch.manual_seed(3)
+    theirs = AutoModelForCausalLM.from_config(config)
+    torch.manual_seed(3)
+    assert same_weights(theirs, RetNet(config.as_native()))
+    assert AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_weights_that_a_folder_lacks_are_initialised(make_folder, tmp_path) -> None:
+    folder = make_folder("retnet")
+    file = folder / "model.safetensors"
+    kept = load_file(file)
+    lost = {"layers.0.retention.g_proj.weight", "layers.1.ffn_norm.weight", "lm_head.weight"}
+    save_file({k: v for k, v in kept.items() if k not in lost}, file, {"format": "pt"})
+    torch.manual_seed(0)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert set(info["missing_keys"]) == lost
+    for name, weight in model.state_dict().items():
+        if name in lost:
+            assert 0.5 < weight.std() / kept[name].std() < 2 or bool((weight == 1).all())
+        else:
+            assert torch.equal(weight, kept[name])
+
+
+def test_configs(folder) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    config = AutoConfig.from_pretrained(folder)
+    assert config.as_native() == load_config(folder)
+    assert config.num_attention_heads == 4  # what other tools ask for
+    assert AutoConfig.from_pretrained(folder, dropout=0.5).as_native().dropout == 0.5
+    for change, word in (
+        ({"hiden_size": 3}, "'hidden_size'"),
+        ({"num_heads": 3}, "num_heads 3"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+    ):
+        with pytest.raises(InputError, match=word):
+            type(config)(**{**fields, **change})
+
+
+def test_quantised_folders_are_refused(make_folder, tmp_path) -> None:
+    folder = make_folder("retnet")
+    save_model(quantize(load(folder), bits=8), tmp_path / "int8")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "int8")
+    with pytest.raises(InputError, match=r"quantised.*retentive\.load"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert AutoTokenizer.from_pretrained(tmp_path / "int8").eos_token == END
+
+
+def test_placed_whole_or_refused(make_folder, tokens, tmp_path) -> None:
+    folder = make_folder("retnet")
+    expected = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    for placed in ("cpu", "auto", {"": "cpu"}):
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map=placed)
+        assert torch.equal(model(tokens).logits.cpu(), expected)
+    little = {"max_memory": {"cpu": 60_000}, "offload_folder": tmp_path / "offload"}
+    with pytest.raises(InputError, match="whole on one"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map="auto", **little)
+
+
+def test_the_end_of_a_text_ends_generation(make_folder, tmp_path) -> None:
+    folder = make_folder("retnet")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 0
+    model.save_pretrained(tmp_path / "saved")
+    assert GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == 0
+    model.generation_config.eos_token_id = [5, 6]  # what a folder says is kept
+    model.generation_config.save_pretrained(folder)
+    kept = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert kept.eos_token_id == [5, 6]
+    (folder / "tokenizer.json").unlink()
+    (folder / "generation_config.json").unlink()
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id is None
+
+
+def test_tokenizers(make_folder, tmp_path) -> None:
+    folder, text = make_folder("retnet"), "def f(x):\n    return 'ü'"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(tokenizer) is PreTrainedTokenizerFast
+    tokenizer.save_pretrained(tmp_path / "saved")
+    shutil.copy(folder / "config.json", tmp_path / "saved")
+    for opened in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert opened.eos_token == opened.pad_token == opened.bos_token == END
+        assert opened.padding_side == "left"
+        ids = load_tokenizer(folder).encode(text).ids
+        assert opened(text).input_ids == [0, *ids]  # as a text begins in training
+        assert opened(text, add_special_tokens=False).input_ids == ids
+        assert opened.decode([0, *ids, 0], skip_special_tokens=True) == text
+    assert load_tokenizer(tmp_path / "saved").encode(text, add_special_tokens=False).ids == ids
+    assert AutoTokenizer.from_pretrained(folder, eos_token="a").eos_token == "a"
+
+
+def test_tokenizers_of_others(make_folder) -> None:
+    folder = make_folder("retnet")
+    other = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="a"))
+    save_tokenizer(other, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("</s>", None)
+    assert tokenizer("a").input_ids == [2]
+    save_tokenizer(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), folder)
+    assert AutoTokenizer.from_pretrained(folder).eos_token is None
+
+
+def test_the_card_says_how_to_open_the_folder(make_folder, tmp_path) -> None:
+    model, saved = AutoModelForCausalLM.from_pretrained(make_folder("retnet")), tmp_path / "saved"
+    model.save_pretrained(saved)
+    card = (saved / "README.md").read_text()
+    for words in ("import retentive.hf", "retentive[hf]", '"saved"', "convert --to fla"):
+        assert words in card
+    (saved / "README.md").write_text("mine")
+    model.save_pretrained(saved)
+    assert (saved / "README.md").read_text() == "mine"

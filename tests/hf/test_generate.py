@@ -1,0 +1,172 @@
+"""`generate` does what the model does token by token, and what `retentive.generate` does."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoTokenizer, TextIteratorStreamer, pipeline
+
+import retentive
+import retentive.hf as hf
+from retentive.data.tokenizer import END, load_tokenizer, save_tokenizer
+from retentive.errors import InputError
+from retentive.models.checkpoint import load
+from retentive.models.language_model import LanguageModel
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def every_row_goes_on(theirs: hf.RetentiveForCausalLM) -> None:
+    """Untrained models end a text at any time; most tests here want them not to."""
+    theirs.generation_config.eos_token_id = None
+
+
+@pytest.fixture
+def words(folder: Path) -> Path:
+    """The folder with a tokenizer of words: single bytes are seldom text."""
+    tokenizer = Tokenizer(models.WordLevel({END: 0} | {f"w{i}": i for i in range(1, 257)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([END])
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@torch.no_grad()
+def token_by_token(model: LanguageModel, row: Tensor, count: int) -> Tensor:
+    """The oracle: greedy, from a prompt `[T]`; the new tokens `[count]`."""
+    tokens = row
+    for _ in range(count):
+        logits, _ = model(tokens[None])
+        tokens = torch.cat([tokens, logits[0, -1:].argmax(-1)])
+    return tokens[len(row) :]
+
+
+def test_greedy_is_token_by_token(ours, theirs, tokens) -> None:
+    made = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **GREEDY)
+    for row, whole in zip(tokens, made, strict=True):
+        assert torch.equal(whole, torch.cat([row, token_by_token(ours, row, 8)]))
+    assert torch.equal(theirs.generate(tokens[:1], use_cache=False, **GREEDY), made[:1])
+
+
+def test_rows_of_a_padded_batch_are_as_they_are_alone(ours, theirs, folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = ["def f(x):", "import os, sys", "#"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    made = theirs.generate(**batch, **GREEDY)[:, -8:]
+    chunked = theirs.generate(**batch, **GREEDY, prefill_chunk_size=4)[:, -8:]
+    for prompt, new, again in zip(prompts, made, chunked, strict=True):
+        alone = tokenizer(prompt, return_tensors="pt").input_ids[0]
+        assert torch.equal(new, token_by_token(ours, alone, 8))
+        assert torch.equal(new, again)
+
+
+def test_it_is_what_retentive_generate_does(ours, theirs, words) -> None:
+    theirs.generation_config.eos_token_id = 0
+    tokenizer, prompts = AutoTokenizer.from_pretrained(words), ["w3 w200", "w7 w8 w9 w10"]
+    expected = retentive.generate(
+        ours, load_tokenizer(words), prompts, max_new_tokens=20, temperature=0
+    )
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    made = theirs.generate(**batch, max_new_tokens=20, do_sample=False)
+    new = tokenizer.batch_decode(made[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    assert new == [text.strip() for text in expected]
+    assert all(new)
+
+
+def test_beams_and_samples(theirs, tokens) -> None:
+    """They carry states from step to step as greedy search does, in the order of the beams."""
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    prompt = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": 6}
+    for search in (
+        {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
+        {"num_beams": 3, "do_sample": True},
+        {"num_return_sequences": 3, "do_sample": True, "top_k": 20, "temperature": 0.7},
+    ):
+        made = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            made.append(theirs.generate(**prompt, **search, use_cache=use_cache))
+        assert made[0].shape == (3 * search.get("num_return_sequences", 1), 18)
+        assert torch.equal(*made)
+
+
+def test_streamers(theirs, tokens, folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    made = theirs.generate(tokens[:1], streamer=streamer, **GREEDY)
+    assert "".join(streamer) == tokenizer.decode(made[0, 12:])
+
+
+def test_turns(theirs, tokens) -> None:
+    """A second turn goes on from the cache of the first, which may be a copy."""
+    ones = torch.ones_like(tokens)
+    mask = ones.clone()
+    mask[1, :5] = 0
+    first = theirs.generate(
+        tokens, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **GREEDY
+    )
+    cache = first.past_key_values
+    assert isinstance(cache, hf.RetentiveCache)
+    assert cache.get_seq_length() == first.sequences.shape[1] - 1
+    whole = torch.cat([first.sequences, tokens[:, :4]], 1)
+    longer = torch.cat([mask, ones, ones], 1)[:, : whole.shape[1]]
+    expected = theirs.generate(whole, attention_mask=longer, **GREEDY)
+    for given in (copy.copy(cache), copy.deepcopy(cache), cache):
+        made = theirs.generate(whole, attention_mask=longer, past_key_values=given, **GREEDY)
+        assert torch.equal(made, expected)
+    own = hf.RetentiveCache()
+    theirs.generate(tokens, attention_mask=mask, past_key_values=own, **GREEDY)
+    made = theirs.generate(whole, attention_mask=longer, past_key_values=own, **GREEDY)
+    assert torch.equal(made, expected)
+
+
+def test_a_row_that_ended_early_cannot_go_on_from_the_cache(theirs, tokens) -> None:
+    ends = int(theirs(tokens).logits[1, -1].argmax())
+    ended = {"eos_token_id": ends, "pad_token_id": 0, "return_dict_in_generate": True}
+    ones = torch.ones_like(tokens)
+    first = theirs.generate(tokens, attention_mask=ones, **ended, **GREEDY)
+    mask = torch.ones(3, 21)
+    mask[:, 12:-1] = (first.sequences[:, 12:] != 0).int()
+    assert not mask[1, 13:-1].any() and mask[0].all()
+    whole = torch.cat([first.sequences, tokens[:, :1]], 1)
+    with pytest.raises(InputError, match="begin again without past_key_values"):
+        theirs.generate(whole, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY)
+    assert theirs.generate(whole, attention_mask=mask, **GREEDY).shape == (3, 29)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_assisted_decoding_is_exact(ours, theirs, tokens, padded) -> None:
+    """Tokens tried in vain leave no trace in the states: of the model, nor of one that assists."""
+    prompt = torch.cat([tokens[:1], tokens[:1, :6], tokens[:1, :3]], 1)  # repeats itself
+    mask = torch.ones_like(prompt)
+    mask[0, :2] = 0 if padded else 1
+    given = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+    expected = token_by_token(ours, prompt[mask.bool()], 24)
+    assistant = copy.deepcopy(theirs)
+    with torch.no_grad():  # often right and often wrong
+        assistant.layers[1].ffn.down_proj.weight.mul_(0.6)
+    assistant.generation_config.assistant_confidence_threshold = 0
+    crops = []
+    for helped in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+        cache = hf.RetentiveCache()
+        crop = cache.crop
+        cache.crop = lambda n, crop=crop: (crops.append(n), crop(n))
+        made = theirs.generate(prompt, past_key_values=cache, **given, **helped)
+        assert torch.equal(made[0, prompt.shape[1] :], expected)
+        assert cache.seen == made.shape[1] - 1
+    assert any(n < 0 for n in crops)
+
+
+def test_pipeline(theirs, words) -> None:
+    theirs.float().save_pretrained(words)
+    texts = ["w3 w200", "w7 w8 w9 w10"]
+    make = pipeline("text-generation", model=str(words))
+    made = make(texts, max_new_tokens=8, do_sample=False, batch_size=2, return_full_text=False)
+    options = {"max_new_tokens": 8, "temperature": 0}
+    expected = retentive.generate(load(words), load_tokenizer(words), texts, **options)
+    assert [row[0]["generated_text"].strip() for row in made] == [t.strip() for t in expected]
