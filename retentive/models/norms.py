@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-
 MANY = 2**15  # values, from where on passes cost more than calls
 
 
