@@ -118,6 +118,14 @@ CONTENDERS = [
         most_tokens=2048,
     ),
     Contender(
+        "retnet-triton",
+        "ours",
+        "chunkwise, GPU kernels",
+        ("op",),
+        {"retention": "chunkwise", "backend": "triton"},
+        cuda=True,
+    ),
+    Contender(
         "retnet-reference",
         "ours",
         "chunkwise, the reference",

@@ -47,7 +47,7 @@ def retention(
         cu_seqlens: int32 or int64 `[N+1]`, rising from 0 to T, for N sequences packed in one row
             (B = 1). An empty sequence hands its state on. A CPU tensor saves a device stall.
         form: "parallel" (O(T²)), "recurrent" (token by token), "chunkwise" (O(T)), or "auto".
-        chunk_size: C of the chunkwise form; by default chosen from H, K, V and T.
+        chunk_size: C of the chunkwise form; by default chosen from K, V and T.
         backend: an implementation by name (see BACKENDS), or "auto".
         output_state: whether to return the final state.
 
@@ -65,7 +65,7 @@ def retention(
     if state is not None:
         _check_state(state, q, v, cu_seqlens)
     form = _choose_form(form, chunk_size, q, k, v, state)
-    run = backends.choose(backend, form, q.device)
+    run = backends.choose(backend, form, q, v, chunk_size)
     with _without_autocast(q.device):
         rates = log_decay.to(state_dtype(q))
         o, final = run(form, q, k, v, rates, state, cu_seqlens, chunk_size)

@@ -7,7 +7,6 @@ a library beyond torch imports it inside its `run`, so that it is loaded only wh
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from retentive.errors import InputError, nearest
@@ -16,20 +15,24 @@ from retentive.ops.chunkwise import chunkwise, default_chunk_size
 from retentive.ops.packing import for_each_sequence
 from retentive.ops.recurrent import step
 from retentive.ops.states import empty_state
+from retentive.ops.triton import available
 
 # (form, q, k, v, log_decay, state, cu_seqlens, chunk_size) -> (o, final state)
 Run = Callable[
     [str, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int | None],
     tuple[Tensor, Tensor],
 ]
+# (form, q, v, chunk_size) -> why it cannot do this, or None
+Refusal = Callable[[str, Tensor, Tensor, int | None], str | None]
 
 
 @dataclass(frozen=True)
 class Backend:
     summary: str
     run: Run
-    refusal: Callable[[str, torch.device], str | None] = lambda form, device: None
-    """Why it cannot do this form on this device; None where it can."""
+    refusal: Refusal = lambda form, q, v, chunk_size: None
+    auto_on: str | None = None
+    """The kind of device where "auto" may take it; None is any."""
 
 
 def _torch(
@@ -52,6 +55,22 @@ def _torch(
     return o, final
 
 
+def _triton(
+    form: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    from retentive.ops.triton.chunkwise import chunkwise, default_chunk_size
+
+    chunk_size = chunk_size or default_chunk_size(v)
+    return chunkwise(q, k, v, log_decay, state, cu_seqlens, chunk_size)
+
+
 def _reference(
     form: str,
     q: Tensor,
@@ -72,31 +91,31 @@ def _reference(
 
 
 BACKENDS = {
+    "triton": Backend(
+        "kernels for NVIDIA GPUs, chunkwise form", _triton, available.refusal, auto_on="cuda"
+    ),
     "torch": Backend("explicit forward and backward in plain torch, any device", _torch),
     "reference": Backend("the paper in a page, slow and plain, any device", _reference),
 }
 
 
-def choose(name: str, form: str, device: torch.device) -> Run:
-    """The backend asked for, or the first that can do `form` on `device` for "auto"."""
+def choose(name: str, form: str, q: Tensor, v: Tensor, chunk_size: int | None) -> Run:
+    """The backend asked for, or for "auto" the first that does this on the device of q."""
+    call = (form, q, v, chunk_size)
     if name == "auto":
-        return next(b.run for b in BACKENDS.values() if b.refusal(form, device) is None)
+        here = (b for b in BACKENDS.values() if b.auto_on in (None, q.device.type))
+        return next(backend.run for backend in here if backend.refusal(*call) is None)
     if name not in BACKENDS:
         raise InputError(
             f"unknown backend {name!r}{nearest(name, BACKENDS)}; "
-            f"choose auto or one of {_overview(form, device)}"
+            f"choose auto or one of {_able(call)}"
         )
-    if reason := BACKENDS[name].refusal(form, device):
+    if reason := BACKENDS[name].refusal(*call):
         raise InputError(
-            f"backend {name!r} cannot run here: {reason}; "
-            f"choose auto or one of {_overview(form, device)}"
+            f"backend {name!r} cannot do this: {reason}; choose auto or one of {_able(call)}"
         )
     return BACKENDS[name].run
 
 
-def _overview(form: str, device: torch.device) -> str:
-    refusals = {name: backend.refusal(form, device) for name, backend in BACKENDS.items()}
-    return ", ".join(
-        name if reason is None else f"{name} (not here: {reason})"
-        for name, reason in refusals.items()
-    )
+def _able(call: tuple[str, Tensor, Tensor, int | None]) -> str:
+    return ", ".join(name for name, b in BACKENDS.items() if b.refusal(*call) is None)

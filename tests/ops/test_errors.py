@@ -29,7 +29,7 @@ PACKED = {"q": Q[:1], "k": Q[:1], "v": VALUES[:1]}
         ({"state": STATE[:1]}, r"state must be float32 \[N,H,K,V\] = \[2, 3, 4, 6\]"),
         ({"state": STATE.double()}, "state must be float32"),
         ({"form": "chunked"}, "did you mean 'chunkwise'"),
-        ({"backend": "triton"}, "unknown backend 'triton'; choose auto or one of torch, reference"),
+        ({"backend": "trito"}, "did you mean 'triton'.* choose auto or one of torch, reference"),
         ({"form": "recurrent", "chunk_size": 4}, "belongs to the chunkwise form"),
         ({"chunk_size": 0}, "whole number ≥ 1"),
         ({"chunk_size": 2.0}, "whole number ≥ 1"),
@@ -60,3 +60,24 @@ def test_retention_step_refuses(change, words):
     arguments = {"q": Q, "k": Q, "v": VALUES, "log_decay": log_decay(H), "state": STATE, **change}
     with pytest.raises(InputError, match=words):
         retention_step(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, r"need a CUDA device and the tensors are on cpu .*; choose auto or one of torch, ref"),
+        ({"interpret": "1", "form": "parallel"}, "has the chunkwise form, not the parallel one"),
+        ({"interpret": "1", "K": 8}, "takes K from 16 to 256 and V from 16 to 512, got K 8 and V"),
+        ({"interpret": "1", "V": 520}, "K 16 and V 520"),
+        ({"interpret": "1", "dtype": torch.float64}, "computes in float32, the inputs are float64"),
+        ({"interpret": "1", "chunk_size": 100}, "a multiple of 64 up to 4096, got 100"),
+    ],
+)
+def test_triton_tells_why_not(change, words, monkeypatch):
+    call = {"K": 16, "V": 16, "dtype": torch.float32, "form": "chunkwise", **change}
+    monkeypatch.setenv("TRITON_INTERPRET", call.pop("interpret", "0"))
+    q, v = (torch.randn(1, T, 1, call.pop(x)).to(call["dtype"]) for x in ("K", "V"))
+    call.pop("dtype")
+    with pytest.raises(InputError, match=words) as raised:
+        retention(q, q, v, log_decay(1), backend="triton", **call)
+    assert "\n" not in str(raised.value)

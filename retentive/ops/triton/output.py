@@ -16,6 +16,9 @@ Only in its own tile it is a matrix. Each product is formed in the orientation i
 next, so that no accumulator is transposed.
 """
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# What Triton's language takes for a constexpr is no constexpr by Python's types.
+
 from collections.abc import Iterator
 
 import torch

@@ -13,6 +13,9 @@ too few to fill the GPU, it goes through every chunk as if it were a sequence, a
 `_scan` then carries what they gave from chunk to chunk: elementwise, with one scalar γ^C.
 """
 
+# pyright: reportArgumentType=false
+# What Triton's language takes for a constexpr is no constexpr by Python's types.
+
 from collections.abc import Iterator
 from functools import cache
 
