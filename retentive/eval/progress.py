@@ -1,6 +1,7 @@
 """What a person sees of an evaluation, on stderr: a bar on a terminal, elsewhere lines."""
 
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -55,8 +56,8 @@ class Display:
         finished = self.done >= self.total
         if self.progress.disable and (now - self.last_line > LINE_EVERY or finished):
             self.last_line = now
-            left = (self.total - self.done) / rate if rate else 0.0
-            self.say(status if finished else f"{status} · {left:,.0f} s left")
+            left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "?"
+            self.say(status if finished else f"{status} · {left} left")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,21 @@ def write_model(path: Path, kind: str, tokenizer: Tokenizer) -> Path:
     save_model(build(kind, tokenizer.get_vocab_size()).float(), path)
     save_tokenizer(tokenizer, path)
     return path
+
+
+@pytest.fixture(scope="package")
+def lm_eval_offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test here reaches a network, or the user's cache of data sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQDM_DISABLE", "1")
+        patch.setenv("DISABLE_MULTIPROC", "1")
+        import datasets
+        import huggingface_hub.constants
+
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield
 
 
 def report(name: str, out: Path = Path("runs/eval/demo")) -> dict:

@@ -78,21 +78,15 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def lm_eval(tmp_path_factory):
-    """Imported once; offline, with a cache of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TQDM_DISABLE", "1")
-        patch.setenv("DISABLE_MULTIPROC", "1")
-        import datasets
-        import huggingface_hub.constants
+pytestmark = pytest.mark.usefixtures("lm_eval_offline")
 
-        import retentive.eval.harness
 
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        yield retentive.eval.harness
+@pytest.fixture(scope="module")
+def lm_eval(lm_eval_offline):
+    """Our adaptor's module."""
+    import retentive.eval.harness
+
+    return retentive.eval.harness
 
 
 def requests(*arguments) -> list:
@@ -360,3 +354,27 @@ def test_without_lm_eval_a_line_says_what_to_install(tasks, capsys, monkeypatch)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["eval", "tasks", "runs/demo", "--include", "tasks"]) == 2
     assert 'pip install "retentive[eval]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exact"), [("float64", EXACT), ("float32", 1e-5)], ids=["float64", "float32"]
+)
+def test_log_likelihoods_are_those_of_the_hf_model(lm_eval, folder, dtype, exact):
+    """Of the same folder. Both numbers are the bars of this evaluation."""
+    from lm_eval.models.huggingface import HFLM
+
+    import retentive.hf  # noqa: F401 (its models are AutoModels then)
+
+    theirs = HFLM(str(folder), dtype=dtype, device="cpu", batch_size=3, max_length=512)
+    ours = lm_eval.RetentiveLM(folder, dtype=dtype, batch_size=3)
+    pairs = [(text(25, n), f" {text(k, n + k)}") for n in range(3) for k in (1, 2, 4)]
+    pairs += [("", text(4)), ("a token ", "reads"), ("a", "b"), pairs[0]]
+    expected = theirs.loglikelihood(requests(*pairs), disable_tqdm=True)
+    for one, other in zip(ours.loglikelihood(requests(*pairs)), expected, strict=True):
+        assert one == pytest.approx(other, rel=exact)
+    texts = requests((text(30),), (text(3),))
+    expected = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(expected, rel=exact)
+    options = {"until": ["e"], "max_gen_toks": 6, "do_sample": False}
+    prompts = requests(*((text(n), options) for n in (3, 7, 2)))
+    assert ours.generate_until(prompts) == theirs.generate_until(prompts, disable_tqdm=True)
