@@ -13,8 +13,8 @@ from retentive.models.language_model import LanguageModel
 def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
     """The model of `source`, in eval mode: a folder of ours, or any that `retentive convert` reads.
 
-    That is: a local folder or file of a known dialect, or a name on the Hub. Beyond the model at
-    most a tensor of it is in memory, with torch's own files a file. InputError where it does not
+    That is: a local folder or file of a known dialect, or a name on the Hub. Beyond the model
+    a tensor or two are in memory, of torch's own files one file. InputError where it does not
     open, with the reason.
     """
     folder = Path(source).expanduser()
