@@ -245,19 +245,18 @@ class WholeNumberKernel:
         self.qweight = torch.ops.onednn.qlinear_prepack(
             layer.qweight, [FEW_ROWS, layer.in_features]
         )
-        self.scales = layer.scales.float()
+        self.scales = layer.scales.float() / 127  # of the weight, and of a step of x
         self.zeros = torch.zeros(layer.out_features, dtype=torch.int32)
+        self.zero = torch.tensor(128.5)  # codes are to nearest: a cast cuts the fraction off
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()
-        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
-        steps = largest.clamp_min_(_TINY).div_(127)
-        codes = (x / steps).add_(128.5).to(torch.uint8)  # to nearest: the fraction is cut off
+        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(_TINY)
+        codes = torch.addcdiv(self.zero, x, largest, value=127).to(torch.uint8)
         weight = self.qweight, self.scales, self.zeros
         output = 1.0, 0, torch.float32, "none", [], ""  # not quantised, and nothing after it
-        return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, *weight, None, *output).mul_(
-            steps
-        )
+        y = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, *weight, None, *output)
+        return y.mul_(largest)
 
 
 class Int8Kernel:
