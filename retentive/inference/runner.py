@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from retentive.models.language_model import LanguageModel
+from retentive.models.layers import MultiScaleRetention
 from retentive.models.layout import rotate
 from retentive.models.retnet import RetNet, RetNetBlock
 from retentive.models.state import RetNetState
@@ -34,7 +35,11 @@ class Runner(Protocol):
 def runner(model: LanguageModel, state: RetNetState) -> Runner:
     """Goes on from `state`, which stays as it is."""
     if isinstance(model, RetNet) and not model.config.attention_layers:
-        return DecodeRunner(model, state)
+        from retentive.inference.graphs import GraphRunner, suits  # they are runners, too
+
+        if suits(model):
+            return GraphRunner(model, state)
+        return DecodeRunner(model, state.clone())
     return ModelRunner(model, state)
 
 
@@ -53,11 +58,13 @@ class ModelRunner:
 
 
 class DecodeRunner:
-    """A RetNet's recurrent form, its state updated in place. As it is or packed (`pack_`)."""
+    """A RetNet's recurrent form, `state` updated in place. As it is or packed (`pack_`)."""
+
+    ahead = AHEAD
 
     @torch.inference_mode()
     def __init__(self, model: RetNet, state: RetNetState):
-        self.model, self.state = model, state.clone()
+        self.model, self.state = model, state
         self._blocks = cast(list[RetNetBlock], list(model.layers))
         decays = (block.retention.state_decay.unsqueeze(-1) for block in self._blocks)
         self._gammas = [decay.to(model.device, model.exact_dtype) for decay in decays]
@@ -77,16 +84,28 @@ class DecodeRunner:
         self, block: RetNetBlock, x: Tensor, S: Tensor, gamma: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
         """x `[B,D]` through a block, S `[B,H,K,V]`, gamma `[H,1|K,1]`, cos, sin `[B,2,H|1,K]`."""
-        retention, (K, V) = block.retention, S.shape[2:]
 
         def mix(h: Tensor) -> tuple[Tensor, None]:
-            q, k, v, gate = retention.project(h)
-            q, k, v = (y.unflatten(-1, (-1, n)) for y, n in ((q, K), (k, K), (v, V)))
-            q, k = rotate(torch.stack((q, retention.share(k)), 1).to(S.dtype), cos, sin).unbind(1)
-            o = self._retain(S, gamma, q, k, retention.share(v).to(S.dtype))
-            return retention.output(o.to(h.dtype), gate), None
+            return self._mix(block.retention, h, S, gamma, cos, sin), None
 
         return block.around(x, mix)[0]
+
+    def _mix(
+        self,
+        retention: MultiScaleRetention,
+        h: Tensor,
+        S: Tensor,
+        gamma: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """The layer's y `[B,D]` of h `[B,D]`; the rest as for `_block`."""
+        K, V = S.shape[2:]
+        q, k, v, gate = retention.project(h)
+        q, k, v = (y.unflatten(-1, (-1, n)) for y, n in ((q, K), (k, K), (v, V)))
+        q, k = rotate(torch.stack((q, retention.share(k)), 1).to(S.dtype), cos, sin).unbind(1)
+        o = self._retain(S, gamma, q, k, retention.share(v).to(S.dtype))
+        return retention.output(o.to(h.dtype), gate)
 
     def _retain(self, S: Tensor, gamma: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """S ← γ S + kᵀ v, o = q S for q, k `[B,H,K]` and v `[B,H,V]` (paper §2.2).
@@ -101,7 +120,7 @@ class DecodeRunner:
     def _next_angles(self) -> tuple[Tensor, Tensor]:
         """Of queries and keys `[B,2,H|1,K]` at the position of each row."""
         if not self._angles:
-            ahead = torch.arange(AHEAD, device=self.model.device)
+            ahead = torch.arange(self.ahead, device=self.model.device)
             angles = self.model.angles(self.state.positions[:, None] + ahead)
             queries, keys = (angles.cos, angles.sin), (angles.key_cos, angles.key_sin)
             cos, sin = (

@@ -25,8 +25,8 @@ from torch import Tensor
 from retentive.ops.triton.cases import OPTIONS, Case
 from retentive.ops.triton.norm_gate import activated, affine, launch_norm_gate, standardized
 
-TILE = 8192  # elements of a state that a program holds at once
-HEAD_WARPS = 8
+HEAD_TILE = 4096  # elements of the state that a program of a head holds at once,
+SLICE_TILE = 8192  # and one of a slice, all of whose state that is
 SLICE = 32  # values of a head in a slice: 128 bytes of each row of the state
 
 
@@ -182,7 +182,7 @@ def _whole_heads(
         heads, heads // k.shape[2], *decay.stride(),
         q.stride(0), k.stride(0), v.stride(0), 0 if gate is None else gate.stride(0),
         cos.stride(0), cos.stride(2), key_cos.stride(0), key_cos.stride(2), eps,
-        NORM=norm, ACT=act, **_head_tile(K, V), num_warps=HEAD_WARPS, **OPTIONS,
+        NORM=norm, ACT=act, **_head_tile(K, V), **OPTIONS,
     )  # fmt: skip
 
 
@@ -202,14 +202,14 @@ def _slices(q, k, v, state, decay, tables, active, o) -> None:
 def _head_tile(K: int, V: int) -> dict[str, int]:
     """The constants of `_head_kernel`: a tile of the state is BLOCK_K whole rows."""
     width, depth = triton.next_power_of_2(V), triton.next_power_of_2(K)
-    block_k = min(depth, max(1, TILE // width))
+    block_k = min(depth, max(1, HEAD_TILE // width))
     return {"K": K, "V": V, "BLOCK_K": block_k, "BLOCK_V": width}
 
 
 def _slice_tile(K: int, V: int) -> dict[str, int]:
     """The constants of `_slice_kernel`: a tile of the state is all K rows of a slice."""
     depth = triton.next_power_of_2(K)
-    width = min(triton.next_power_of_2(V), SLICE, max(1, TILE // depth))
+    width = min(triton.next_power_of_2(V), SLICE, max(1, SLICE_TILE // depth))
     return {"K": K, "V": V, "BLOCK_K": depth, "BLOCK_V": width}
 
 
@@ -241,9 +241,8 @@ def cases(capability: int) -> Iterator[Case]:
     types = dict.fromkeys(("q", "k", "v", "gate", "y"), "*bf16")
     types |= dict.fromkeys(("state", "o", "cos", "sin", "key_cos", "key_sin"), "*fp32")
     types |= {"decay": "*fp32", "active": "*i1", "weight": None, "bias": None, "eps": "fp32"}
-    kernels = ((_head_kernel, _head_tile, HEAD_WARPS), (_slice_kernel, _slice_tile, 4))
     for K, V in ((16, 16), (64, 128), (128, 256), (256, 512)):
-        for kernel, tile, num_warps in kernels:
+        for kernel, tile in ((_head_kernel, _head_tile), (_slice_kernel, _slice_tile)):
             numbers = {
                 p.name: "i32" for p in kernel.params if p.name not in types and not p.is_constexpr
             }
@@ -252,6 +251,5 @@ def cases(capability: int) -> Iterator[Case]:
                 kernel,
                 {**types, **numbers},
                 {"NORM": "layernorm", "ACT": "swish", **tile(K, V)},
-                num_warps=num_warps,
                 quick=V == 512,
             )

@@ -242,11 +242,9 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy: Tensor):
-    gradients = norm_gate_backward(dy, *ctx.saved_tensors, ctx.norm, ctx.act, ctx.eps)
-    given = (
-        gradient if x is not None else None
-        for gradient, x in zip(gradients, ctx.saved_tensors, strict=True)
-    )
+    saved = ctx.saved_tensors  # asked for once: a checkpoint gives them once
+    gradients = norm_gate_backward(dy, *saved, ctx.norm, ctx.act, ctx.eps)
+    given = (None if x is None else dx for dx, x in zip(gradients, saved, strict=True))
     return *given, None, None, None
 
 

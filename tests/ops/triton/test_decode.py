@@ -91,7 +91,8 @@ def test_a_token(device, path, K, V):
 
 
 def test_a_state_of_several_tiles(device, path, monkeypatch):
-    monkeypatch.setattr(decode, "TILE", 256)
+    monkeypatch.setattr(decode, "HEAD_TILE", 256)
+    monkeypatch.setattr(decode, "SLICE_TILE", 256)
     slots = Slots(device, 40, 64)
     y, state = slots.exact()
     assert error(slots.step(), y) < WITHIN[torch.float32]
