@@ -173,6 +173,7 @@ def test_what_fairseq_wraps_around_a_decoder(golden, tmp_path):
     """{"model": {"decoder.x": ...}, "args": Namespace}, the model's options among many others."""
     folder = golden / "D1_torchscale_deepnorm"
     options = json.loads((folder / "config.json").read_text())
+    del options["vocab_size"]  # that is in a dictionary of words
     weights = {f"decoder.{name}": value for name, value in stored(folder).items()}
     args = argparse.Namespace(**options, lr=[1e-3], seed=1)
     for cut in (

@@ -10,11 +10,24 @@ from difflib import SequenceMatcher
 from retentive.convert.dialect import Dialect
 from retentive.convert.dialects.fla import FLA, FLA_FUSED_FFN
 from retentive.convert.dialects.syncdoth import SYNCDOTH
+from retentive.convert.dialects.syncdoth_v1 import SYNCDOTH_V1
 from retentive.convert.dialects.torchscale import TORCHSCALE
+from retentive.convert.dialects.torchscale_2023 import TORCHSCALE_2023
+from retentive.convert.dialects.xatl import XATL
+from retentive.convert.dialects.yet_another import YET_ANOTHER
 from retentive.convert.source import Source
 from retentive.errors import InputError
 
-DIALECTS = (FLA, FLA_FUSED_FFN, SYNCDOTH, TORCHSCALE)
+DIALECTS = (
+    FLA,
+    FLA_FUSED_FFN,
+    SYNCDOTH_V1,
+    YET_ANOTHER,
+    XATL,
+    SYNCDOTH,
+    TORCHSCALE_2023,
+    TORCHSCALE,
+)
 WRITTEN = {dialect.name: dialect for dialect in (FLA, TORCHSCALE)}
 
 

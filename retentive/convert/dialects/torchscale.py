@@ -55,7 +55,7 @@ class TorchscaleConfig(TheirConfig):
         self.only(multiway=False, moe_freq=0)
         pre_norm = "layer_norm.weight" in checkpoint.tensors
         return decoder_fields(
-            vocab_size=self.vocab_size,
+            vocab_size=vocabulary(self.vocab_size, checkpoint),
             width=self.decoder_embed_dim,
             layers=self.decoder_layers,
             deepnorm=self.deepnorm,
@@ -116,6 +116,12 @@ def decoder_fields(
         "residual_scale": (2 * layers) ** 0.25 if deepnorm else 1.0,
         "embed_scale": math.sqrt(width) if scale_embedding else 1.0,
     }
+
+
+def vocabulary(given: int, checkpoint: Checkpoint) -> int:
+    """-1 where it is not given: fairseq has it from a dictionary, and so have the weights."""
+    embedding = checkpoint.tensors.get("embed_tokens.weight")
+    return given if given >= 0 or embedding is None else embedding.shape[0]
 
 
 def activation(name: str) -> str:
