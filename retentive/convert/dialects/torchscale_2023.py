@@ -33,7 +33,7 @@ class Torchscale2023Config(TheirConfig):
         pre_norm = "layer_norm.weight" in checkpoint.tensors
         subln = "layers.0.ffn.ffn_layernorm.weight" in checkpoint.tensors
         return torchscale.decoder_fields(
-            vocab_size=self.vocab_size,
+            vocab_size=torchscale.vocabulary(self.vocab_size, checkpoint),
             width=self.decoder_embed_dim,
             layers=self.decoder_layers,
             deepnorm=self.deepnorm,
