@@ -5,11 +5,9 @@ folder that either package writes the other opens.
 """
 
 try:
-    import transformers as _  # noqa: F401
-except ImportError:
-    raise ImportError('retentive.hf takes transformers: pip install "retentive[hf]"') from None
-
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+except ImportError as error:
+    raise ImportError('retentive.hf takes transformers: pip install "retentive[hf]"') from error
 
 from retentive.hf.cache import RetentiveCache
 from retentive.hf.config import RetentiveConfig, RetentiveTransformerConfig

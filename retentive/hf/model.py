@@ -55,6 +55,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         model = self.native(config.as_native())  # pyright: ignore[reportCallIssue]
         self.__dict__["retentive"] = model  # as a submodule it would prefix the names
         self._modules = model._modules
+        self._no_split_modules = {type(block).__name__ for block in model.layers}  # FSDP asks
         if model.device.type != "meta":
             self._mark_initialized()
         self.post_init()

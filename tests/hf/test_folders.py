@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -188,3 +190,9 @@ def test_the_card_says_how_to_open_the_folder(make_folder, tmp_path) -> None:
     (saved / "README.md").write_text("mine")
     model.save_pretrained(saved)
     assert (saved / "README.md").read_text() == "mine"
+
+
+def test_transformers_is_asked_for_in_a_line() -> None:
+    code = "import sys; sys.modules['transformers'] = None; import retentive.hf"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'pip install "retentive[hf]"' in result.stderr.splitlines()[-1]

@@ -50,6 +50,8 @@ def test_greedy_is_token_by_token(ours, theirs, tokens) -> None:
     for row, whole in zip(tokens, made, strict=True):
         assert torch.equal(whole, torch.cat([row, token_by_token(ours, row, 8)]))
     assert torch.equal(theirs.generate(tokens[:1], use_cache=False, **GREEDY), made[:1])
+    embeds = theirs.get_input_embeddings()(tokens)
+    assert torch.equal(theirs.generate(inputs_embeds=embeds, **GREEDY), made[:, -8:])
 
 
 def test_rows_of_a_padded_batch_are_as_they_are_alone(ours, theirs, folder) -> None:

@@ -47,6 +47,7 @@ def same_weights(first, second) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.parametrize("folder", ["retnet", "hybrid"], indirect=True)
 def test_a_resumed_run_is_the_run_without_the_stop(folder, tmp_path) -> None:
     """Bit by bit, from one of its checkpoints; and a checkpoint is a folder of ours."""
     options = {"save_strategy": "steps", "save_steps": 3}
@@ -87,6 +88,7 @@ def test_evaluation(make_folder, tmp_path) -> None:
     assert torch.allclose(torch.from_numpy(predicted), model(**rows).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("folder", ["retnet-tied", "hybrid"], indirect=True)
 def test_lora_trains_saves_and_merges(folder, tokens, tmp_path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder)
     before = base(tokens).logits
