@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -98,9 +99,13 @@ def main() -> None:
     if not chosen:
         sys.exit(f"compile_kernels: no case has {options.only!r} in its name")
     print(f"Triton {triton.__version__}; " + "; ".join(map(assembler, options.arch)))
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        results = []
-        for result in pool.map(compile_case, chosen):
+    results = []
+    with ExitStack() as stack:
+        each = map
+        if options.jobs > 1:
+            pool = ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"))
+            each = stack.enter_context(pool).map
+        for result in each(compile_case, chosen):
             results.append(result)
             print(line(result.cells()), flush=True)
     failed = sum(bool(result.faults) for result in results)
