@@ -112,6 +112,7 @@ class MultiScaleRetention(Recomputing):
         self.head_norm = head_norm(config)
         self.o_proj = Linear(num_heads * V, hidden_size, config.out_bias)
         self.fused_proj: nn.Module | None = None
+        self.initial_state: nn.Parameter | None = None  # [H,K,V], a tuned one; None is zeros
         if not self.o_proj.weight.is_meta:
             self.init_weights("official", 1)
 
@@ -147,7 +148,7 @@ class MultiScaleRetention(Recomputing):
             self.share(k),
             self.share(v),
             self.log_decay.on(x.device),
-            state=layout.enter(state),
+            state=layout.enter(state, self.initial_state),
             cu_seqlens=layout.cu_seqlens,
             form=self.form,
             chunk_size=self.chunk_size,

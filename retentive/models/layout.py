@@ -152,13 +152,23 @@ class Layout:
         padded = x.new_zeros(rows * length, *x.shape[2:]).index_copy(0, self.real, x[0])
         return padded.unflatten(0, (rows, length))
 
-    def enter(self, state: Tensor | None) -> Tensor | None:
-        """The states of the rows `[B,...]` -> the initial states of the sequences `[N,...]`."""
-        if state is None or self.first is None:
+    def enter(self, state: Tensor | None, initial: Tensor | None = None) -> Tensor | None:
+        """The states of the rows `[B,...]` -> the initial states of the sequences `[N,...]`.
+
+        `initial` `[...]` is what sequences begin with that no row enters; None is zeros.
+        """
+        if state is None:
+            return None if initial is None else self._repeat(initial)
+        if self.first is None:
             return state
-        assert self.cu_seqlens is not None
-        initial = state.new_zeros(len(self.cu_seqlens) - 1, *state.shape[1:])
-        return initial.index_copy(0, self.first, state)
+        if initial is None:
+            initial = state.new_zeros(state.shape[1:])
+        return self._repeat(initial).index_copy(0, self.first, state)
+
+    def _repeat(self, initial: Tensor) -> Tensor:
+        """For each sequence the same state, `[N,...]`, which is in memory once."""
+        count = self.rows if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        return initial.expand(count, *initial.shape)
 
     def leave(self, final: Tensor) -> Tensor:
         """The final states of the sequences `[N,...]` -> the states of the rows `[B,...]`."""

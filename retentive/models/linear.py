@@ -53,7 +53,7 @@ class Linear(nn.Linear):
 
 
 class _Kept(Function):
-    """Keeps x and W for the backward of their product, before it is formed.
+    """Keeps what the backward of their product needs of x and W, before it is formed.
 
     Where x is not kept but computed again (`layers.Recomputing`), that ends with what is kept last:
     kept by the product itself, after it was formed, they would have it formed once more in vain.
@@ -65,7 +65,9 @@ class _Kept(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        x, weight = inputs
+        trained_x, trained_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if trained_weight else None, weight if trained_x else None)
 
     @staticmethod
     @once_differentiable

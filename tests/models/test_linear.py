@@ -86,3 +86,14 @@ def test_a_last_product_is_not_formed_again(monkeypatch):
     y.sum().backward()
     assert forward_shapes.count((48, 80)) == 1
     assert len(forward_shapes) == 3  # and the two of the backward
+
+
+@pytest.mark.parametrize("trained", ["x", "weight"])
+def test_only_what_the_backward_needs_is_kept(trained):
+    """With frozen weights no inputs: of these an adapter's training would keep the most."""
+    layer, x = layer_and_input(200)
+    layer.weight.requires_grad_(trained == "weight")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+        layer(x.requires_grad_(trained == "x"))
+    assert kept == [layer.weight.shape if trained == "x" else x.flatten(0, 1).shape]
