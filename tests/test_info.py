@@ -62,6 +62,21 @@ def test_model_folders(info, tmp_path):
     assert "half-life" not in out
 
 
+def test_a_hybrid(info, tmp_path):
+    sizes = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2}
+    attention = {"num_heads": 4, "window": 101}
+    hybrid = RetNet(RetNetConfig(**sizes, attention_layers=(1,), attention=attention))
+    save_model(hybrid, tmp_path)
+    code, out, _ = info(tmp_path)
+    assert code == 0
+    assert "attention to the last 101 tokens in layers 1 (from 0)" in " ".join(out.split())
+    names = [row[0] for row in rows(out)]
+    assert "retention" in names and "attention" in names
+    assert ["all", f"{hybrid.num_parameters():,}", ""] in rows(out)
+    # 2 layers · 2 heads · 32 · 64 · 4 bytes, and 2 · 100 tokens · 64 · 2 bytes, at any length
+    assert next(row[1] for row in rows(out) if row[0] == "131,072") == "57 KiB"
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [("1.2b", "did you mean '1.3b'?"), ("no/such", "no model folder"), (".", "config.json")],

@@ -20,13 +20,27 @@ from retentive.data.tokenizer import END, save_tokenizer
 from retentive.errors import InputError
 from retentive.models.checkpoint import load, save_model
 from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.nested import AttentionConfig
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 from retentive.models.transformer import Transformer
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}
 CONFIGS = {
-    "torch-export": RetNetConfig(**SMALL),
+    "torch-export": RetNetConfig(
+        **SMALL,
+        block="parallel",
+        num_kv_heads=2,
+        rotary_dim=4,
+        head_norm_affine=True,
+        gate_act="gelu",
+        qkv_bias=True,
+        head_bias=True,
+        ffn_bias=True,
+        ffn_subln="layernorm",
+        embed_norm=True,
+        embed_scale=2.0,
+    ),
     "onnx": RetNetConfig(
         **SMALL,
         gated_ffn=True,
@@ -329,6 +343,11 @@ def test_models_that_are_not_exported(stub, tmp_path):
     assert "only a RetNet" in refusal(lambda: export(transformer, tmp_path / "out", "stub"))
     half = build(CONFIGS["onnx"]).bfloat16()
     assert "bfloat16" in refusal(lambda: export(half, tmp_path / "out", "stub"))
+    attention = {"attention_layers": (1,), "attention": AttentionConfig(2)}
+    for fields in (attention, {"xpos_base": 512.0}):
+        model = build(RetNetConfig(**SMALL, **fields))
+        said = refusal(lambda: export(model, tmp_path / "out", "stub"))  # noqa: B023
+        assert next(iter(fields)) in said
     packed = build(CONFIGS["onnx"])
     packed.packed_from = "its fingerprint"
     assert "packed" in refusal(lambda: export(packed, tmp_path / "out", "stub"))

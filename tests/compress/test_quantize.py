@@ -22,6 +22,7 @@ from retentive.models import quantized
 from retentive.models.checkpoint import load_config, save_model
 from retentive.models.config import Quantization, RetNetConfig, TransformerConfig
 from retentive.models.files import fingerprint
+from retentive.models.nested import AttentionConfig
 from retentive.models.quantized import Int4Kernel, QuantizedLinear, pack_nibbles, unpack_nibbles
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
@@ -30,6 +31,12 @@ SMALL = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_head
 CONFIGS = {
     "retnet": RetNetConfig(**SMALL),
     "retnet-tied": RetNetConfig(**SMALL, tie_word_embeddings=True, gated_ffn=True, norm="rmsnorm"),
+    "retnet-biased": RetNetConfig(
+        **SMALL, qkv_bias=True, ffn_bias=True, head_bias=True, num_kv_heads=1, block="parallel"
+    ),
+    "hybrid": RetNetConfig(
+        **SMALL, attention_layers=(1,), attention=AttentionConfig(2, qkv_bias=True, window=16)
+    ),
     "transformer": TransformerConfig(**SMALL, num_kv_heads=1),
 }
 BITS = (16, 8, 4)
@@ -40,6 +47,9 @@ def build(name: str) -> RetNet | Transformer:
     config = CONFIGS[name]
     model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
     model.init_weights(seed=0)
+    for key, weight in model.named_parameters():
+        if key.endswith("proj.bias") or key == "lm_head.bias":
+            torch.nn.init.normal_(weight, generator=torch.manual_seed(0))
     return model.eval()
 
 
@@ -164,6 +174,19 @@ def test_fused_layers_are_the_layers(bits):
     assert torch.equal(whole.weight, torch.cat([part.weight for part in parts]))
     together = torch.cat([part(x) for part in parts], -1)
     assert distance(whole.prepare_()(x), together) < BF16
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_fused_layers_keep_the_biases_that_they_have(bits):
+    parts = [linear(random(rows, 40), bits) for rows in (5, 64, 9)]
+    parts[1].bias = random(64)
+    x = random(3, 40)
+    whole = QuantizedLinear.fused(parts).prepare_()
+    expected = torch.cat([torch.zeros(5), random(64), torch.zeros(9)])
+    without = whole(x) - expected
+    whole.bias = None
+    assert distance(without, whole(x)) < 1e-5
+    assert [part.num_parameters for part in parts] == [5 * 40, 64 * 41, 9 * 40]
 
 
 @pytest.mark.parametrize("bits", BITS)
