@@ -154,7 +154,7 @@ class Report:
             for index in range(len(self.readings)):
                 cells.append(curves[index][row][2].show())
                 if whole and index:
-                    cells.append(gains[index][row][2].show(sign="+"))
+                    cells.append(gains[index][row][2].show(4, sign="+"))
             table.add_row(*cells)
         return table
 

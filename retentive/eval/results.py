@@ -76,13 +76,11 @@ class Results(Answers):
         self._check_model(name)
         self._file = (folder / FINISHED).open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._lock()
+            self._answers = self._read()
+        except InputError:
             self._file.close()
-            raise InputError(
-                f"another process writes results to {folder}; wait for it, or give another --out"
-            ) from None
-        self._answers = self._read()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -104,6 +102,15 @@ class Results(Answers):
         """As `name`.json."""
         write_text(self.folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
 
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process writes results to {self.folder}; wait for it, or give another"
+                " --out"
+            ) from None
+
     def _check_model(self, name: str) -> None:
         path = self.folder / MODEL
         if not path.exists():
@@ -124,7 +131,12 @@ class Results(Answers):
         for line in self._file:
             if not line.endswith(b"\n"):
                 break
-            key, answer = json.loads(line)
+            try:
+                key, answer = json.loads(line)
+            except ValueError:
+                raise InputError(
+                    f"{self.folder / FINISHED} is damaged; delete it, or give another --out"
+                ) from None
             answers[key] = answer
             whole += len(line)
         self._file.truncate(whole)

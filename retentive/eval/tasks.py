@@ -21,6 +21,7 @@ from retentive.eval.tasks_report import NotRun, Outcome, Report
 from retentive.models.checkpoint import load_config
 
 if TYPE_CHECKING:
+    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
 PAPER = (  # of its §3.2, by lm-eval's names, and LAMBADA
@@ -135,13 +136,10 @@ def evaluate(
     try:
         with _beside(manager, name, options.include), _to_stderr():
             loaded = manager.load([name])
-    except Exception as error:  # what datasets and the Hub raise is of many kinds
+            for task in loaded["tasks"].values():
+                _prepare(task, options)
+    except Exception as error:  # what datasets, the Hub and templates raise is of many kinds
         return NotRun(name, _reason(error))
-    for task in loaded["tasks"].values():
-        fixed = task.get_config("num_fewshot")
-        if fixed is None or (options.shots is not None and fixed != 0):  # 0: it takes none
-            task.set_config("num_fewshot", options.shots or 0)
-        task.set_fewshot_seed(FEWSHOT_SEED)
     began = time.monotonic()
     with _to_stderr():
         results = evaluate_tasks(
@@ -153,6 +151,18 @@ def evaluate(
         Outcome.of(task, metrics, results, options.limit, seconds)
         for task, metrics in results.get("results", {}).items()
     ]
+
+
+def _prepare(task: "Task", options: TasksOptions) -> None:
+    """Its examples; and one document, in which mistakes show now that would stop a run later."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise ValueError("it runs code that the model writes; run it with lm-eval itself")
+    fixed = task.get_config("num_fewshot")
+    if fixed is None or (options.shots is not None and fixed != 0):  # 0: it takes none
+        task.set_config("num_fewshot", options.shots or 0)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    task.build_all_requests(limit=1)
+    task.set_fewshot_seed(FEWSHOT_SEED)
 
 
 @contextlib.contextmanager

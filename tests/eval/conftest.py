@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from retentive.data.tokenizer import save_tokenizer, train_tokenizer
 from retentive.models.checkpoint import save_model
-from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.config import AttentionConfig, RetNetConfig, TransformerConfig
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
@@ -15,6 +15,7 @@ from retentive.models.transformer import Transformer
 WORDS = (
     "the retentive network reads a token and keeps a state of it that never grows at all".split()
 )
+HYBRID = {"attention_layers": (1,), "attention": AttentionConfig(num_heads=2, window=7)}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
 
 
@@ -33,12 +34,13 @@ def build(kind: str, vocab_size: int) -> LanguageModel:
     if kind == "transformer":
         model = Transformer(TransformerConfig(vocab_size=vocab_size, **SMALL, num_kv_heads=1))
     else:
-        model = RetNet(RetNetConfig(vocab_size=vocab_size, **SMALL))
+        others = HYBRID if kind == "hybrid" else {}
+        model = RetNet(RetNetConfig(vocab_size=vocab_size, **SMALL, **others))
     model.init_weights(seed=0)
     return model.double().eval()
 
 
-@pytest.fixture(scope="session", params=["retnet", "transformer"])
+@pytest.fixture(scope="session", params=["retnet", "hybrid", "transformer"])
 def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> LanguageModel:
     """In float64."""
     return build(request.param, tokenizer.get_vocab_size())
@@ -53,6 +55,7 @@ def retnet(tokenizer: Tokenizer) -> LanguageModel:
 def folder(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the model folder runs/demo in it, a RetNet."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as the command does, for good
     return write_model(Path("runs/demo"), "retnet", tokenizer)
 
 

@@ -223,4 +223,9 @@ def test_only_one_process_writes_to_a_folder(retnet, tokenizer, tmp_path):
     with Results(tmp_path / "out", "demo", "id"):
         with pytest.raises(InputError, match="another process writes results"):
             Results(tmp_path / "out", "demo", "id")
-    Results(tmp_path / "out", "demo", "id").__exit__(None, None, None)
+    with Results(tmp_path / "out", "demo", "id") as results:
+        results.add("key", 1)
+    finished = tmp_path / "out" / "finished.jsonl"
+    finished.write_text("something else\n")
+    with pytest.raises(InputError, match=r"finished.jsonl is damaged; delete it"):
+        Results(tmp_path / "out", "demo", "id")

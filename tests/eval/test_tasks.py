@@ -337,9 +337,20 @@ def test_mistakes_are_one_line(tasks, capsys, monkeypatch, arguments, words):
     assert not Path("runs/eval").exists()
 
 
-def test_without_any_result_the_exit_code_says_so(tasks, capsys):
-    assert main(["eval", "tasks", "runs/demo", "--include", "tasks", "--tasks", "away"]) == 1
-    assert "not run" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["away"], "away not run: "),
+        (["choice", "--shots", "3"], "choice not run: ValueError: Sample larger than population"),
+        (["broken"], "broken not run: UndefinedError: 'nothing' is undefined"),
+    ],
+)
+def test_without_any_result_the_exit_code_says_so(tasks, capsys, arguments, reason):
+    broken = CHOICE.replace("task: choice", "task: broken").replace("{{question}}", "{{nothing.x}}")
+    (tasks / "broken.yaml").write_text(broken)
+    assert main(["eval", "tasks", "runs/demo", "--include", "tasks", "--tasks", *arguments]) == 1
+    assert reason in capsys.readouterr().out
+    assert len(report("tasks")["not_run"]) == 1
 
 
 def test_results_of_another_model_are_left_alone(tasks, capsys, tokenizer):
