@@ -73,7 +73,7 @@ class RetentiveCache(Cache):
         self.state = state
         self.seen += columns
         if self.records:
-            self._since.append(tokens)
+            self._since = [*self._since, tokens]  # copies of the cache share the list
 
     def mark(self) -> None:
         """The state is kept as one that `crop` can go back to."""

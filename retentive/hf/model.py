@@ -124,8 +124,9 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Leaves the tokens whose logits are wanted: only such are ever taken back."""
-        if cache.unread is not None:
-            cache.read_again(self._read(cache.unread, None, cache.state))
+        if (unread := cache.unread) is not None:
+            unread_real = None if cache.mask is None else cache.mask[:, -unread.shape[1] :]
+            cache.read_again(self._read(unread, unread_real, cache.state))
         if not isinstance(logits_to_keep, int) or not 0 < logits_to_keep < tokens.shape[1]:
             return tokens, real
         first, rest = tokens[:, :-logits_to_keep], tokens[:, -logits_to_keep:]

@@ -164,6 +164,25 @@ def test_assisted_decoding_is_exact(ours, theirs, tokens, padded) -> None:
     assert any(n < 0 for n in crops)
 
 
+def test_a_cache_that_records_goes_back_and_branches(theirs, tokens) -> None:
+    mask = torch.ones(3, 12)
+    mask[0, :2] = mask[1, 4] = mask[2, 7] = 0
+    expected = theirs(tokens, mask).logits
+    cache = hf.RetentiveCache()
+    cache.activate_past_recording()
+    theirs(tokens[:, :6], mask[:, :6], cache)
+    branch = copy.copy(cache)
+    theirs(tokens[:, 6:10], mask[:, :10], cache, logits_to_keep=3)
+    for given, back in ((branch, 1), (cache, 3)):
+        for _ in range(back):
+            given.crop(-1)
+        seen = given.get_seq_length()
+        rest = theirs(tokens[:, seen:], mask, given).logits
+        assert (rest - expected[:, seen:]).abs().max() < 1e-12
+    with pytest.raises(InputError, match="cannot go back to 6 of 12"):
+        cache.crop(-6)
+
+
 def test_pipeline(theirs, words) -> None:
     theirs.float().save_pretrained(words)
     texts = ["w3 w200", "w7 w8 w9 w10"]
