@@ -14,6 +14,8 @@ from retentive.models.config import RetNetConfig
 from retentive.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from retentive.eval.perplexity import PerplexityOptions, Reading
 
 FORMAT = 1
@@ -174,17 +176,33 @@ class Report:
         return "\n".join(lines)
 
     def draw(self, folder: Path) -> None:
-        """As perplexity.png and .svg: a line a reading, with its standard error."""
-        figure = new_figure("Loss by the tokens before")
-        axes = figure.subplots()
-        for index, reading in enumerate(self.readings):
-            points = [(math.sqrt(max(a, 1) * b), mean) for a, b, mean in self.curve(index)]
-            at = [x for x, _ in points]
-            means = [mean.loss for _, mean in points]
-            errors = [mean.error or 0.0 for _, mean in points]
-            axes.errorbar(at, means, yerr=errors, marker="o", ms=4, capsize=2, label=reading.name)
+        """As perplexity.png and .svg: a line a reading; below, what windows lose against whole."""
+        compared = range(1, len(self.readings)) if self.readings[0].window is None else range(0)
+        heights = (3, 2) if compared else (1,)
+        figure = new_figure("Loss by the tokens before", height=4.2 * sum(heights) / heights[0])
+        panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights, sharex=True)
+        above, *below = panels[:, 0]
+        for index in range(len(self.readings)):
+            self._line(above, self.curve(index), index)
+        above.set_ylabel("nats a token")
+        above.legend(frameon=False)
+        for axes in below:
+            axes.axhline(0, color="C0", linewidth=1)
+            for index in compared:
+                self._line(axes, self.gain(index), index)
+            axes.set_ylabel("above whole")
         config = self.config if isinstance(self.config, RetNetConfig) else None
-        by_distance(axes, "tokens before", config)
-        axes.set_ylabel("nats a token")
-        axes.legend(frameon=False)
+        by_distance(panels[:, 0], "tokens before", config)
         save(figure, folder / "perplexity")
+
+    def _line(self, axes: "Axes", points: list[tuple[int, int, Mean]], index: int) -> None:
+        axes.errorbar(
+            [math.sqrt(max(start, 1) * stop) for start, stop, _ in points],
+            [mean.loss for _, _, mean in points],
+            yerr=[mean.error or 0.0 for _, _, mean in points],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            color=f"C{index}",
+            label=self.readings[index].name,
+        )

@@ -155,7 +155,7 @@ class Report:
                 label=probe,
             )
             axes.axhline(self.chances[probe], color=color, linestyle="--", linewidth=1)
-        by_distance(axes, "tokens between", self.config)
+        by_distance([axes], "tokens between", self.config)
         axes.set_ylabel("right among the candidates (dashed: chance)")
         axes.set_ylim(-0.03, 1.03)
         axes.legend(frameon=False)
