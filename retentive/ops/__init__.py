@@ -48,7 +48,8 @@ def retention(
             (B = 1). An empty sequence hands its state on. A CPU tensor saves a device stall.
         form: "parallel" (O(T²)), "recurrent" (token by token), "chunkwise" (O(T)), or "auto".
         chunk_size: C of the chunkwise form; by default chosen from K, V and T.
-        backend: an implementation by name (see BACKENDS), or "auto".
+        backend: an implementation by name (see BACKENDS), or "auto": on NVIDIA GPUs the kernels of
+            "triton" where they can do it, else "torch".
         output_state: whether to return the final state.
 
     Returns:
