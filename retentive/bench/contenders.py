@@ -81,6 +81,20 @@ class Entry:
         return self.contender.choices.get(task, ({},))
 
 
+ON_GPU: dict[str, tuple[str, ...]] = {
+    "op": (
+        "retnet-triton",
+        "retnet",
+        "attention",
+        "flash-linear-attention",
+        "flash-linear-attention-recurrent",
+    ),
+    "step": ("retnet-triton", "retnet", "attention", "flash-linear-attention-recurrent"),
+    "train": ("retnet", "transformer", "flash-linear-attention"),
+    "decode": ("retnet", "transformer", "transformer-gqa8"),
+}
+"""Who takes part on a GPU unless others are named, ours first: seconds count there."""
+
 _AUTO = {"retention": "auto", "backend": "auto"}
 _MODEL = ("train", "prefill", "decode")
 _SHARED = 4  # query heads to a pair of keys and values, for GQA
@@ -97,7 +111,7 @@ CONTENDERS = [
         "retnet",
         "ours",
         "chunkwise",
-        ("op",),
+        ("op", "step"),
         {"retention": "chunkwise", "backend": "torch"},
     ),
     Contender(
@@ -121,7 +135,7 @@ CONTENDERS = [
         "retnet-triton",
         "ours",
         "chunkwise, GPU kernels",
-        ("op",),
+        ("op", "step"),
         {"retention": "chunkwise", "backend": "triton"},
         cuda=True,
     ),
@@ -137,12 +151,13 @@ CONTENDERS = [
         "attention",
         "ours",
         "softmax, SDPA",
-        ("op",),
+        ("op", "step"),
         {"attention": True},
         most_tokens=32768,
     ),
     Contender("transformer", "ours", "MHA, SDPA", (*_MODEL, "along"), equal=transformer(1)),
     Contender("transformer-gqa", "ours", "GQA, SDPA", _MODEL, equal=transformer(_SHARED)),
+    Contender("transformer-gqa8", "ours", "8-fold GQA, SDPA", ("decode",), equal=transformer(8)),
     Contender(
         "transformer-math",
         "ours",
@@ -214,6 +229,15 @@ CONTENDERS = [
         "chunkwise, Triton",
         ("op", *_MODEL),
         equal=gated(itself),
+        package="flash-linear-attention",
+        cuda=True,
+    ),
+    Contender(
+        "flash-linear-attention-recurrent",
+        "huggingface",
+        "recurrent, Triton",
+        ("op", "step"),
+        {"recurrent": True},
         package="flash-linear-attention",
         cuda=True,
     ),

@@ -19,7 +19,7 @@ def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
     contender, task = entry.contender, case["task"]
     parallel = contender.quadratic and not choice.get("chunk_size")
     size = resolve_dtype(case["dtype"]).itemsize
-    if task == "op":
+    if task in ("op", "step"):
         recurrent = contender.settings.get("retention") == "recurrent"
         return _op_bytes(case, size, parallel, recurrent)
     config = entry.config()
@@ -27,6 +27,8 @@ def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
         context = case["context"] if task == "decode" else max(case["marks"])
         caches = case["batch"] * state_bytes(config, context, dtype=resolve_dtype(case["dtype"]))
         weights = weight_bytes(config, resolve_dtype(case["dtype"]))
+        if ours_by_graph(entry, case):
+            caches *= 2
         if config.quantization is not None:
             weights = weights * config.quantization.bits // (8 * size)
         return weights + caches
@@ -42,16 +44,27 @@ def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
     depth = config.num_hidden_layers
     if contender.equal is not itself or not ours:  # our retention keeps none for the backward pass
         scores *= depth
-    return 4 * weight_bytes(config) + depth * activations + scores + (0 if ours else logits)
+    if case.get("checkpoint"):  # a layer at a time, and the inputs of all
+        activations = activations // depth + rows * tokens * config.hidden_size * size
+    held = 4 if case.get("update", True) else 2
+    return held * weight_bytes(config) + depth * activations + scores + (0 if ours else logits)
+
+
+def ours_by_graph(entry: Entry, case: dict[str, Any]) -> bool:
+    """Whether states are copied into a recorded step's slots (`retentive.inference.graphs`)."""
+    return case["device"].startswith("cuda") and entry.contender.settings.get("packed", False)
 
 
 def _op_bytes(case: dict[str, Any], size: int, parallel: bool, recurrent: bool) -> int:
-    tokens, heads, K, V = (case[k] for k in ("tokens", "heads", "key_dim", "value_dim"))
-    held = 2 * tokens * heads * (2 * K + 2 * V) * size  # inputs and outputs with their gradients
+    rows, tokens, heads, K, V = (
+        case[name] for name in ("batch", "tokens", "heads", "key_dim", "value_dim")
+    )
+    inputs_and_outputs = rows * tokens * heads * (2 * K + 2 * V) * size
+    held = 2 * inputs_and_outputs  # with their gradients
     if parallel:
-        held += 2 * heads * tokens**2 * size
+        held += 2 * rows * heads * tokens**2 * size
     if recurrent:
-        held += tokens * heads * K * V * 4
+        held += rows * tokens * heads * K * V * 4
     return held
 
 

@@ -13,10 +13,12 @@ _COLORS = {
     "retnet-unpacked": "#6f9fe0",
     "retnet-parallel": "#8fb4ea",
     "retnet-recurrent": "#b0c9f0",
+    "retnet-triton": "#0b2a66",
     "retnet-reference": "#9aa7bd",
     "attention": "#d9690f",
     "transformer": "#d9690f",
     "transformer-gqa": "#f0a35e",
+    "transformer-gqa8": "#f7c998",
     "transformer-math": "#7a5a3a",
     "llama": "#a3260f",
     "llama-gqa": "#e07a6a",
@@ -24,6 +26,7 @@ _COLORS = {
     "yet-another-retnet-readme": "#7cc49a",
     "torchscale": "#7a9a1b",
     "flash-linear-attention": "#5d3fa0",
+    "flash-linear-attention-recurrent": "#a890d8",
 }
 _AXES = {
     "tokens": "tokens of a sequence",
@@ -70,9 +73,14 @@ def decode(result: Result, stem: Path | None) -> None:
 def by_length(result: Result, stem: Path | None, title: str) -> None:
     """Throughput and memory over the tokens of a sequence."""
     rows = [row for row in result.rows if row.error is None and "tokens" in row.case]
-    if stem is not None and rows:
-        what = [panel for panel in PANELS if panel[0] != "latency"]
-        panels(rows, "tokens", title, stem, what)
+    what = [panel for panel in PANELS if panel[0] != "latency"]
+    dims = list(dict.fromkeys(row.case.get("key_dim") for row in rows))
+    for K in dims if stem is not None else []:
+        these = [row for row in rows if row.case.get("key_dim") == K]
+        if len(dims) == 1:
+            panels(these, "tokens", title, stem, what)
+        else:
+            panels(these, "tokens", f"{title}, K {K}", stem.with_name(f"{stem.name}-{K}"), what)
 
 
 def panels(

@@ -6,6 +6,7 @@ A machine that slows down slows all of them and the limits that are measured bet
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,7 @@ from retentive.bench.contenders import Choice, Entry
 from retentive.bench.estimates import needed_bytes
 from retentive.bench.limits import Limits, available_bytes
 from retentive.bench.peers import Unavailable
-from retentive.bench.processes import Answer, Process
+from retentive.bench.processes import Answer, Kept, Process
 from retentive.bench.results import Row
 from retentive.errors import InputError
 
@@ -30,23 +31,45 @@ def measure_case(
     sizes: Sequence[str],
     asked: bool = False,
     run: Case | None = None,
+    kept: Kept | None = None,
+    apart: bool = False,
 ) -> list[Row]:
     """A row for each entry, without the work it did and the limit to hold that against.
 
     sizes: the keys of `case` that tell its rows from those of other cases. asked: whether the
     contenders were named, so that slow ones run, too. run: arguments of a run in the worker.
+    kept: where their processes come from, instead of one for this case alone. apart: all rounds of
+    one contender before the next, where the memory does not hold two of them.
 
     Raises InputError where the case fits into the memory for none of them.
     """
     shown = {name: case[name] for name in sizes}
+    rows: list[Row] = []
+    for group in [[entry] for entry in entries] if apart else [entries]:
+        rows += _in_turn(case, group, rounds, limits, shown, asked, run or {}, kept)
+    unfit = [row.error for row in rows if row.error and row.error.startswith(DOES_NOT_FIT)]
+    if unfit and not any(row.samples for row in rows):
+        raise InputError(f"{_told(shown)}: {unfit[0]}; choose a smaller case")
+    return rows
+
+
+def _in_turn(
+    case: Case,
+    entries: Sequence[Entry],
+    rounds: int,
+    limits: Limits,
+    shown: dict[str, Any],
+    asked: bool,
+    run: Case,
+    kept: Kept | None,
+) -> list[Row]:
     rows = [Row(e.contender.name, shown, form=e.contender.form) for e in entries]
     with ExitStack() as stack:
         ready: list[tuple[Row, Process]] = []
         for entry, row in zip(entries, rows, strict=True):
             try:
                 refuse(entry, case, limits, asked)
-                process, facts = started(entry, case, limits)
-                stack.callback(process.close)
+                process, facts = started(entry, case, limits, stack, kept)
                 describe(row, facts)
                 ready.append((row, process))
             except Unavailable as reason:
@@ -56,16 +79,13 @@ def measure_case(
             limits.sample()
             for row, process in list(ready):
                 try:
-                    answer = process.run(**(run or {}))
+                    answer = process.run(**run)
                     row.samples.append(answer["seconds"])
                     row.forward += answer.get("forward", [])
                     row.memory = process.memory()
                 except Unavailable as reason:
                     row.error = str(reason)
                     ready.remove((row, process))
-    unfit = [row.error for row in rows if row.error and row.error.startswith(DOES_NOT_FIT)]
-    if unfit and not any(row.samples for row in rows):
-        raise InputError(f"{_told(shown)}: {unfit[0]}; choose a smaller case")
     return rows
 
 
@@ -94,16 +114,29 @@ def doubt(entry: Entry, case: Case, choice: Choice, limits: Limits) -> str | Non
     return f"{DOES_NOT_FIT}: about {needed / 2**30:.1f} GiB of {there / 2**30:.1f} GiB free"
 
 
-def started(entry: Entry, case: Case, limits: Limits) -> tuple[Process, Answer]:
-    """Its process, ready for the case at its best choice, in which it has done nothing else."""
-    _note(f"{entry.contender.name}: preparing")
+def started(
+    entry: Entry, case: Case, limits: Limits, stack: ExitStack, kept: Kept | None
+) -> tuple[Process, Answer]:
+    """Its process, ready for the case at its best choice, in which it has done nothing else.
+
+    `stack` will end it, or have one that is kept free the case's memory.
+    """
+    name, worker = entry.contender.name, entry.contender.worker
+    _note(f"{name}: preparing")
     choice = best_choice(entry, case, limits)
-    process = Process(entry.contender.worker, case["threads"])
+    if kept is None:
+        process = Process(worker, case["threads"])
+        end = process.close
+    else:
+        process = kept.started(name, worker, case["threads"])
+        end = partial(kept.rest, name)
     try:
-        return process, process.prepare({**entry.case(case), **choice})
+        facts = process.prepare({**entry.case(case), **choice})
     except BaseException:
-        process.close()
+        end()
         raise
+    stack.callback(end)
+    return process, facts
 
 
 def best_choice(entry: Entry, case: Case, limits: Limits) -> Choice:

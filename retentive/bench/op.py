@@ -1,66 +1,177 @@
 """`retentive bench op`: the retention op alone, forward and backward, beside other implementations.
 
 Each contender is first tried at several chunk sizes and keeps its best. FLOPs of retention are
-counted at one chunk size whatever ran.
+counted at one chunk size whatever ran. On a GPU the cases are the paper's head dims at equal width
+and equally many tokens, each held against its roofline, and the decoding step is measured, too.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from retentive.bench import figures, tables
 from retentive.bench.contenders import Entry
+from retentive.bench.limits import Limits
 from retentive.bench.measure import measure_case
 from retentive.bench.options import Common, check_positive
-from retentive.bench.results import Result
+from retentive.bench.processes import Kept
+from retentive.bench.results import Result, Row
+from retentive.bench.roofline import Op, roofline
+from retentive.devices import resolve_dtype
 from retentive.errors import InputError
 from retentive.models.counts import attention_flops, retention_flops
+
+WIDTH = {False: 512, True: 2048}  # H·K, on a GPU that of 1.3B
+LENGTHS = {False: (2048, 8192, 32768, 131072), True: (8192, 2048, 32768)}
+DIMS = {False: ((64, 128),), True: ((256, 512), (128, 256), (64, 128))}
+GPU_TOKENS = 32768
+GPU_TIMES = 10  # runs in a round
 
 
 @dataclass(frozen=True)
 class OpBenchmark(Common):
-    lengths: tuple[int, ...] = (2048, 8192, 32768, 131072)
-    """Tokens of the sequence, one case each."""
-    heads: int = 8
-    key_dim: int = 64
-    value_dim: int = 128
+    lengths: tuple[int, ...] = ()
+    """Tokens of a sequence, one case each; 2048 to 131072, on a GPU to 32768, unless given."""
+    heads: int | None = None
+    """As many as give q a width of 512, on a GPU of 2048, unless given."""
+    key_dim: tuple[int, ...] = ()
+    """Of a head, one or several; 64, on a GPU also 128 and 256, unless given."""
+    value_dim: tuple[int, ...] = ()
+    """Of a head; twice --key-dim unless given."""
+    tokens: int | None = None
+    """Of all sequences of a case together; one sequence unless given, on a GPU 32768."""
+    step: bool | None = None
+    """Also a step of decoding behind as many tokens; on a GPU unless refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("heads", "key_dim", "value_dim"):
-            check_positive(name, getattr(self, name))
+        self._default(value_dim=tuple(2 * K for K in self.key_dim))
+        if len(self.key_dim) != len(self.value_dim):
+            raise InputError(
+                f"there are {len(self.key_dim)} --key-dim and {len(self.value_dim)} --value-dim;"
+                " give as many of each"
+            )
+        K, V = zip(*DIMS[self.on_gpu], strict=True)
+        self._default(key_dim=K, value_dim=V, lengths=LENGTHS[self.on_gpu], step=self.on_gpu)
+        if self.on_gpu:
+            self._default(tokens=max(GPU_TOKENS, *self.lengths))
+        check_positive("key_dim", *self.key_dim)
+        check_positive("value_dim", *self.value_dim)
         check_positive("lengths", *self.lengths, least=64)
-        if not self.lengths:
-            raise InputError("there are no lengths; give at least one")
+        if self.heads is not None:
+            check_positive("heads", self.heads)
+        if self.tokens is not None:
+            check_positive("tokens", self.tokens, least=max(self.lengths))
+
+    def cases(self) -> list[dict[str, int]]:
+        """Sizes of each, those of a GPU with the one that its bar is set for first."""
+        return [
+            {
+                "heads": self.heads or max(1, WIDTH[self.on_gpu] // K),
+                "key_dim": K,
+                "value_dim": V,
+                "batch": (self.tokens or tokens) // tokens,
+                "tokens": tokens,
+            }
+            for K, V in zip(self.key_dim, self.value_dim, strict=True)
+            for tokens in self.lengths
+        ]
+
+    @property
+    def told(self) -> list[str]:
+        """Which sizes tell the rows of a case from those of others."""
+        rows = ["batch"] if self.tokens else []
+        return [*(["key_dim"] if len(self.key_dim) > 1 else []), *rows, "tokens"]
 
 
 def run(options: OpBenchmark) -> None:
-    entries, limits = [Entry(c) for c in options.taking_part("op")], options.limits()
     old = options.old("op")
-    options.check_writable()
-    result = Result.begun("op", options, limits)
-    shape = {name: getattr(options, name) for name in ("heads", "key_dim", "value_dim")}
-    for tokens in options.lengths:
-        case = {**options.case("op", limits), **shape, "tokens": tokens}
-        rows = measure_case(
-            case,
-            entries,
-            options.rounds,
-            limits,
-            sizes=["tokens"],
-            asked=bool(options.contenders),
-        )
-        for row in rows:
-            row.tokens, row.limit = tokens, limits.gemm
-            row.work = tokens * flops_per_token(row.contender, options, tokens)
-        result.rows += rows
-        result.save(options.out)
-    shown = f"H {options.heads}, K {options.key_dim}, V {options.value_dim}"
-    tables.show(result, f"the op, forward + backward; B 1, {shown}", of="GEMM rate")
+    result = measured(options)
+    K, V = options.key_dim[0], options.value_dim[0]
+    shown = f"H {options.cases()[0]['heads']}, K {K}, V {V}" if len(options.key_dim) == 1 else ""
+    rows = [row for row in result.rows if "tokens" in row.case]
+    tables.show(result, f"the op, forward + backward; {shown}", of="GEMM rate", rows=rows)
+    if steps := [row for row in result.rows if "context" in row.case]:
+        tables.show(result, "a step of the op", of="memory read", rows=steps)
     figures.by_length(result, options.figure_stem, "The op")
     tables.finish(result, options, old)
 
 
-def flops_per_token(contender: str, options: OpBenchmark, tokens: int) -> float:
+def measured(options: OpBenchmark) -> Result:
+    """All cases; `options.out` has those so far at any time."""
+    entries = [Entry(c) for c in options.taking_part("op")]
+    steps = [Entry(c) for c in (options.taking_part("step") if options.step else ())]
+    limits = options.limits()
+    options.check_writable()
+    result = Result.begun("op", options, limits)
+    with ExitStack() as stack:
+        kept = options.kept(stack, entries)
+        for sizes in options.cases():
+            result.rows += op_rows(entries, options, limits, sizes, kept)
+            result.save(options.out)
+            if steps:
+                result.rows += step_rows(steps, options, limits, sizes, kept)
+                result.save(options.out)
+    return result
+
+
+def op_rows(
+    entries: list[Entry],
+    options: OpBenchmark,
+    limits: Limits,
+    sizes: dict[str, int],
+    kept: Kept | None,
+) -> list[Row]:
+    """Forward and backward, one case."""
+    rows = measure_case(
+        {**options.case("op", limits), **sizes},
+        entries,
+        options.rounds,
+        limits,
+        sizes=options.told,
+        asked=bool(options.contenders) or options.on_gpu,
+        run={"times": GPU_TIMES} if options.on_gpu else None,
+        kept=kept,
+    )
+    heads, K, V = (sizes[name] for name in ("heads", "key_dim", "value_dim"))
+    for row in rows:
+        row.tokens, row.limit = sizes["batch"] * sizes["tokens"], limits.gemm
+        row.work = row.tokens * flops_per_token(row.contender, sizes)
+        if options.on_gpu and row.contender != "attention" and row.error is None:
+            op = Op(row.tokens, heads, K, V, resolve_dtype(options.dtype).itemsize)
+            row.roofline = roofline(op, limits.gemm, limits.stream)
+    return rows
+
+
+def step_rows(
+    entries: list[Entry],
+    options: OpBenchmark,
+    limits: Limits,
+    sizes: dict[str, int],
+    kept: Kept | None,
+) -> list[Row]:
+    """A token more in each row, behind `tokens` of it."""
+    case: dict[str, Any] = {**options.case("step", limits), **sizes, "context": sizes["tokens"]}
+    told = ["context" if name == "tokens" else name for name in options.told]
+    rows = measure_case(case, entries, options.rounds, limits, sizes=told, asked=True, kept=kept)
+    size = resolve_dtype(options.dtype).itemsize
+    for row in rows:
+        row.tokens, row.limit = sizes["batch"], limits.stream
+        row.work = sizes["batch"] * step_bytes(row.contender, sizes, size)
+    return rows
+
+
+def flops_per_token(contender: str, sizes: dict[str, int]) -> float:
     """Forward and backward."""
+    heads, K, V = (sizes[name] for name in ("heads", "key_dim", "value_dim"))
     if contender == "attention":
-        return 3 * attention_flops(options.heads, options.key_dim, (tokens + 1) / 2)
-    return 3 * retention_flops(options.heads, options.key_dim, options.value_dim)
+        return 3 * attention_flops(heads, K, (sizes["tokens"] + 1) / 2)
+    return 3 * retention_flops(heads, K, V)
+
+
+def step_bytes(contender: str, sizes: dict[str, int], size: int) -> int:
+    """Of a row: the state read and written in float32, or the keys and values read."""
+    heads, K, V = (sizes[name] for name in ("heads", "key_dim", "value_dim"))
+    if contender == "attention":
+        return 2 * sizes["tokens"] * heads * K * size
+    return 2 * heads * K * V * 4

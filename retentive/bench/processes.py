@@ -53,6 +53,10 @@ class Process:
     def memory(self) -> dict[str, int]:
         return self._ask({"memory": True})
 
+    def rest(self) -> None:
+        """Frees what was prepared."""
+        self._ask({"rest": True})
+
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()  # closes its pipes
@@ -87,3 +91,32 @@ class Process:
         self._complaints.seek(0)
         said = self._complaints.read().strip().splitlines() or ["it said nothing"]
         return f"its process ended with code {code}: {said[-1]}"
+
+
+class Kept:
+    """Processes that go on from case to case, one for each contender, until `close`.
+
+    For a GPU: there a contender's memory is that of its tensors, whatever the process has done
+    before, and to start one takes as long as to measure a case.
+    """
+
+    def __init__(self) -> None:
+        self._processes: dict[str, Process] = {}
+
+    def started(self, name: str, worker: str, threads: int) -> Process:
+        """The contender's process; one that is new begins to import at once."""
+        if name not in self._processes:
+            self._processes[name] = Process(worker, threads)
+        return self._processes[name]
+
+    def rest(self, name: str) -> None:
+        """What it had prepared is freed. It ends where it does not answer, and is started anew."""
+        try:
+            self._processes[name].rest()
+        except Unavailable:
+            self._processes.pop(name).close()
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.close()
+        self._processes.clear()

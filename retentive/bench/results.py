@@ -1,5 +1,6 @@
 """Results as JSON: rows with every sample, the machine, and two runs held against each other."""
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -15,7 +16,9 @@ from retentive.bench.limits import Limits
 from retentive.errors import InputError
 from retentive.models.files import write_text
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)
+"""Format 2 is what 3 is without `roofline`."""
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Row:
     """FLOPs of a run; bytes of one where the limit is reading memory."""
     limit: float = 0.0
     """Of the machine in this case: FLOP/s, or bytes/s."""
+    roofline: dict[str, float] | None = None
+    """Of retention: the seconds that the machine's limits allow (`retentive.bench.roofline`)."""
     memory: dict[str, int] | None = None
     """Bytes of its process: at its start, at its peak, resident in the end; of its state."""
     error: str | None = None
@@ -116,13 +121,13 @@ def load(path: Path, benchmark: str) -> Result:
         raise InputError(
             f"{path} holds no benchmark's result; give a file that bench {benchmark} --out wrote"
         ) from None
-    if given != (benchmark, FORMAT):
+    if given not in [(benchmark, version) for version in READABLE]:
         raise InputError(
             f"{path} holds a result of bench {given[0]}, format {given[1]}; this is bench"
             f" {benchmark}, format {FORMAT}: measure the old version again with its --out"
         )
     rows = [Row(**row) for row in fields.pop("rows")]
-    return Result(rows=rows, **fields)
+    return Result(rows=rows, **{**fields, "format": FORMAT})
 
 
 def compare(old: Result, new: Result) -> list[tuple[Row, float]]:
@@ -141,6 +146,7 @@ def compare(old: Result, new: Result) -> list[tuple[Row, float]]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    on_gpu = {"cuda": torch.version.cuda, "triton": _installed("triton")} if gpu else {}
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -149,7 +155,15 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "retentive": __version__,
+        **on_gpu,
     }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from retentive.bench.options import Common
 
 
+NOT_RUN = "not run"
+MS = "ms"
+
+
 def console() -> "Console":
     from rich.console import Console
 
@@ -33,43 +37,61 @@ def show(result: Result, title: str, *, of: str, rows: Sequence[Row] | None = No
 def _table(result: Result, title: str, of: str, rows: Sequence[Row]) -> "Table":
     from rich.table import Table
 
-    decoding = of != "GEMM rate"
     table = Table(title=f"{title}, {result.options['dtype']}", title_justify="left")
-    sizes = list(rows[0].case) if rows else []
-    columns = [*sizes, "contender", "tokens/s", *(["ms"] if decoding else [])]
-    for name in (*columns, "spread", f"of {of}", "memory", "time"):
+    columns, groups = grid(rows, of)
+    for name in columns:
         left = name == "contender"
         table.add_column(name, justify="left" if left else "right", no_wrap=not left)
-    for _, group in groupby(rows, key=lambda row: list(row.case.values())):
-        beside = list(group)
-        for number, row in enumerate(beside):
-            case = [f"{v:,}" if isinstance(v, int) else v for v in row.case.values()]
-            cells = case if number == 0 else [""] * len(case)
-            table.add_row(
-                *cells, *_cells(row, beside, decoding), style="dim" if row.error else None
-            )
+    for group in groups:
+        for cells in group:
+            table.add_row(*cells, style="dim" if NOT_RUN in cells else None)
         table.add_section()
     return table
 
 
-def _cells(row: Row, rows: Sequence[Row], decoding: bool) -> list[str]:
+def grid(rows: Sequence[Row], of: str) -> tuple[list[str], list[list[list[str]]]]:
+    """The names of the columns, and for each case its rows of cells, as many or fewer."""
+    sizes = list(rows[0].case) if rows else []
+    shown = [*([MS] if of != "GEMM rate" else []), "spread", f"of {of}"]
+    if any(row.roofline for row in rows):
+        shown = [MS, *shown, "of roofline", "of floor"]
+    groups = []
+    for _, group in groupby(rows, key=lambda row: list(row.case.values())):
+        beside = list(group)
+        case = [f"{v:,}" if isinstance(v, int) else v for v in beside[0].case.values()]
+        cells = [_cells(row, beside, shown) for row in beside]
+        groups.append([[*(case if n == 0 else [""] * len(case)), *c] for n, c in enumerate(cells)])
+    return [*sizes, "contender", "tokens/s", *shown, "memory", "time"], groups
+
+
+def _cells(row: Row, rows: Sequence[Row], shown: Sequence[str]) -> list[str]:
     """From the contender on; of one that did not run its name only: the reason is told below."""
     chunk = f", C {row.chunk_size}" if row.chunk_size else ""
     if row.error is not None:
-        return [row.contender, "not run"]
+        return [row.contender, NOT_RUN]
     low, high = row.spread
+    milliseconds = 1000 * row.seconds
+    can_be = {
+        MS: f"{milliseconds:.1f}" if milliseconds >= 10 else f"{milliseconds:.3g}",
+        "spread": f"{low:.2f}-{high:.2f}",
+        "of roofline": _of(row, "design"),
+        "of floor": _of(row, "floor"),
+    }
     return [
         f"{row.contender}: {row.form}{chunk}",
         f"{row.rate:,.0f}" if row.rate >= 100 else f"{row.rate:.1f}",
-        *([f"{1000 * row.seconds:.1f}"] if decoding else []),
-        f"{low:.2f}-{high:.2f}",
-        f"{row.fraction:.0%}",
+        *(can_be.get(name, f"{row.fraction:.0%}") for name in shown),
         size(row.added_bytes),
         versus(row, rows),
     ]
 
 
-def _who(rows: Sequence[Row]) -> list[str]:
+def _of(row: Row, name: str) -> str:
+    """How much of its time a roofline allows."""
+    return f"{row.roofline[name] / row.seconds:.0%}" if row.roofline else ""
+
+
+def who(rows: Sequence[Row]) -> list[str]:
     """Version and parameters of each contender; of those that did not run where and why."""
     lines = {}
     for row in rows:
@@ -152,7 +174,7 @@ def finish(result: Result, options: "Common", old: Result | None) -> None:
     """What is said below a benchmark's tables: how and by whom, and against an older run."""
     out = console()
     out.print(conditions(result))
-    for line in _who(result.rows):
+    for line in who(result.rows):
         out.print(f"  {line}")
     if old is not None:
         show_comparison(old, result)

@@ -2,16 +2,22 @@
 
 FLOPs are those of the mathematics (retention at a chunk of 64, no recomputation), three times the
 forward pass. Memory is the peak of a process that has done nothing else, above its start.
+
+A model that is too large for one device is measured as some of its layers (`--layers`), without
+the update (`--no-update`) where its moments are too large as well; tables and results say so.
 """
 
+import dataclasses
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from retentive.bench import figures, tables
 from retentive.bench.contenders import Entry
 from retentive.bench.limits import Limits
 from retentive.bench.measure import measure_case
-from retentive.bench.models import subject
-from retentive.bench.options import Common
+from retentive.bench.models import Subject, subject
+from retentive.bench.options import Common, check_positive
+from retentive.bench.processes import Kept
 from retentive.bench.results import Result, Row
 from retentive.errors import InputError
 from retentive.models.counts import flops_per_token
@@ -19,15 +25,48 @@ from retentive.models.counts import flops_per_token
 
 @dataclass(frozen=True)
 class TrainBenchmark(Common):
-    model: str = "38m"
-    """A size by name, or the folder of a RetNet."""
-    steps: tuple[str, ...] = ("4x512", "1x2048", "1x8192")
-    """The batches of a step: rows x tokens of each."""
+    model: str = ""
+    """A size by name, or the folder of a RetNet; 38m, on a GPU 1.3b, unless given."""
+    steps: tuple[str, ...] = ()
+    """The batches of a step: rows x tokens of each; 4x512 1x2048 1x8192, on a GPU the last."""
+    layers: int | None = None
+    """Only so many of the model's layers."""
+    update: bool = True
+    """AdamW's update belongs to the step."""
+    checkpoint_layers: bool = False
+    """Compute activations again in the backward, layer by layer, to save memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._default(
+            model="1.3b" if self.on_gpu else "38m",
+            steps=("1x8192",) if self.on_gpu else ("4x512", "1x2048", "1x8192"),
+        )
         for step in self.steps:
             batch_and_tokens(step)
+        if self.layers is not None:
+            check_positive("layers", self.layers)
+
+    def subject(self) -> Subject:
+        model = subject(self.model)
+        if self.layers is None:
+            return model
+        if model.folder is not None or self.layers > model.config.num_hidden_layers:
+            raise InputError(
+                f"layers is {self.layers} of {self.model}; give a size by name, and at most the"
+                f" {model.config.num_hidden_layers} that it has"
+            )
+        config = dataclasses.replace(model.config, num_hidden_layers=self.layers)
+        return Subject(model.name, config)
+
+    @property
+    def title(self) -> str:
+        what = f"training steps, {self.model}"
+        if self.layers is not None:
+            what += f", {self.layers} layers of it"
+        if not self.update:
+            what += ", forward and backward only"
+        return what + (", layers checkpointed" if self.checkpoint_layers else "")
 
 
 def batch_and_tokens(step: str) -> tuple[int, int]:
@@ -39,24 +78,41 @@ def batch_and_tokens(step: str) -> tuple[int, int]:
 
 
 def run(options: TrainBenchmark) -> None:
-    limits, model = options.limits(), subject(options.model)
-    entries = [Entry(contender, model) for contender in options.taking_part("train")]
     old = options.old("train")
-    options.check_writable()
-    result = Result.begun("train", options, limits)
-    for step in options.steps:
-        result.rows += train_rows(entries, options, limits, *batch_and_tokens(step))
-        result.save(options.out)
-    tables.show(result, f"training steps, {options.model}", of="GEMM rate")
+    result = measured(options)
+    tables.show(result, options.title, of="GEMM rate")
     figures.by_length(result, options.figure_stem, "Training")
     tables.finish(result, options, old)
 
 
+def measured(options: TrainBenchmark) -> Result:
+    """All cases; `options.out` has those so far at any time."""
+    limits, model = options.limits(), options.subject()
+    entries = [Entry(contender, model) for contender in options.taking_part("train")]
+    options.check_writable()
+    result = Result.begun("train", options, limits)
+    how = {"update": options.update, "checkpoint": options.checkpoint_layers}
+    with ExitStack() as stack:
+        kept = options.kept(stack, entries)
+        for step in options.steps:
+            sizes = batch_and_tokens(step)
+            result.rows += train_rows(entries, options, limits, *sizes, kept=kept, **how)
+            result.save(options.out)
+    return result
+
+
 def train_rows(
-    entries: list[Entry], options: Common, limits: Limits, batch: int, tokens: int
+    entries: list[Entry],
+    options: Common,
+    limits: Limits,
+    batch: int,
+    tokens: int,
+    *,
+    kept: Kept | None = None,
+    **how: bool,
 ) -> list[Row]:
-    """One case."""
-    case = {**options.case("train", limits), "batch": batch, "tokens": tokens}
+    """One case. `how`: whether there is an "update", and a "checkpoint" in each layer."""
+    case = {**options.case("train", limits), "batch": batch, "tokens": tokens, **how}
     rows = measure_case(
         case,
         entries,
@@ -64,6 +120,8 @@ def train_rows(
         limits,
         sizes=["batch", "tokens"],
         asked=bool(options.contenders),
+        kept=kept,
+        apart=options.on_gpu,
     )
     for entry, row in zip(entries, rows, strict=True):
         row.tokens, row.limit = batch * tokens, limits.gemm

@@ -11,7 +11,7 @@ from retentive.bench.peers import Unavailable
 from retentive.errors import InputError
 from retentive.ops import BACKENDS, FORMS
 
-CASE = {"task": "op", "device": "cpu", "dtype": "float32", "threads": 1, "tokens": 64}
+CASE = {"task": "op", "device": "cpu", "dtype": "float32", "threads": 1, "tokens": 64, "batch": 1}
 CASE |= {"heads": 1, "key_dim": 8, "value_dim": 8}
 
 

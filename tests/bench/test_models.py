@@ -29,7 +29,7 @@ def test_decoding_takes_what_its_bytes_say():
     entry = Entry(
         next(c for c in CONTENDERS if c.name == "transformer" and "decode" in c.tasks), model
     )
-    case = {"task": "decode", "dtype": "float32", "batch": 8, "context": 8192}
+    case = {"task": "decode", "device": "cpu", "dtype": "float32", "batch": 8, "context": 8192}
     caches = 8 * 8 * 2 * 8192 * 512 * 4  # rows, layers, keys and values, tokens, width, bytes
     assert needed_bytes(entry, case, {}) == weight_bytes(entry.config()) + caches
     assert state_bytes(entry.config(), 8192) * 8 == caches

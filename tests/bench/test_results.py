@@ -69,8 +69,8 @@ def test_a_comparison_takes_the_machines_speed_out(capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 1}, "result of bench op, format 1; this is bench op, format 2"),
-        ({"benchmark": "train"}, "result of bench train, format 2; this is bench op"),
+        ({"format": 1}, "result of bench op, format 1; this is bench op, format 3"),
+        ({"benchmark": "train"}, "result of bench train, format 3; this is bench op"),
     ],
 )
 def test_other_results_are_refused(tmp_path, change, words):
@@ -78,6 +78,15 @@ def test_other_results_are_refused(tmp_path, change, words):
     path.write_text(json.dumps({**asdict(result(row())), **change}))
     with pytest.raises(InputError, match=words):
         load(path, "op")
+
+
+def test_a_result_of_the_format_before_is_read(tmp_path):
+    path, made = tmp_path / "old.json", result(row())
+    fields = {**asdict(made), "format": 2}
+    for written in fields["rows"]:
+        del written["roofline"]
+    path.write_text(json.dumps(fields))
+    assert load(path, "op") == made
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "3"])

@@ -19,6 +19,8 @@ class HuggingFace:
     def place(self, model: Any, case: Case) -> None:
         dtype = "float32" if case["task"] == "train" else case["dtype"]
         self.model = model.to(case["device"], getattr(torch, dtype)).eval()
+        if case.get("checkpoint"):
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.facts = {
             "version": case["version"],
             "form": case["form"],
@@ -109,10 +111,25 @@ class FlashLinearAttention(HuggingFace):
 
 
 def fla_op(case: Case) -> Run:
-    from fla.ops.retention import chunk_retention
+    from fla.ops.retention import chunk_retention, fused_recurrent_retention
 
+    op = fused_recurrent_retention if case.get("recurrent") else chunk_retention
     leaves = tasks.op_inputs(case, "tokens first")
-    return tasks.op_run(lambda: chunk_retention(*leaves)[0], leaves, case["device"])
+    return tasks.op_run(lambda: op(*leaves)[0], leaves, case["device"])
+
+
+def fla_step(case: Case) -> Run:
+    """Its decoding step, as its layer calls it: the new state is another tensor."""
+    from fla.ops.retention import fused_recurrent_retention
+
+    q, k, v = (x.detach() for x in tasks.op_inputs({**case, "tokens": 1}, "tokens first"))
+    sizes = (case["batch"], case["heads"], case["key_dim"], case["value_dim"])
+    state = torch.randn(sizes, device=case["device"])
+
+    def step() -> Any:
+        return fused_recurrent_retention(q, k, v, initial_state=state, output_final_state=True)
+
+    return tasks.step_run(step, case["device"])
 
 
 def load() -> None:
@@ -120,8 +137,9 @@ def load() -> None:
 
 
 def prepare(case: Case, tell: Tell) -> tuple[Answer, Run]:
-    if case["task"] == "op":
-        return {name: case[name] for name in ("version", "form", "dtype")}, fla_op(case)
+    if case["task"] in ("op", "step"):
+        facts = {name: case[name] for name in ("version", "form", "dtype")}
+        return facts, (fla_op if case["task"] == "op" else fla_step)(case)
     kind = Llama if case["package"] == "transformers" else FlashLinearAttention
     return tasks.prepare(kind(case), case)
 

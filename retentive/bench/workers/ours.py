@@ -1,8 +1,8 @@
 """Our models and our op, in a process of their own."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from retentive import __version__
 from retentive.bench.workers import tasks
 from retentive.bench.workers.along import TIMED, prepare_along
-from retentive.bench.workers.ops import prepare_op
+from retentive.bench.workers.ops import prepare_op, prepare_step, sdpa_kernel_of
 from retentive.bench.workers.serving import Answer, Case, Run, Tell, serve
 from retentive.devices import keep_freed_memory, resolve_dtype
+from retentive.inference.graphs import Step, record
 from retentive.inference.packed import pack_
 from retentive.inference.runner import runner
 from retentive.inference.session import read_tokens
@@ -35,6 +36,7 @@ class Ours:
     def __init__(self, case: Case):
         self.model = model_of(case)
         self.runs, self._math = case.get("packed", False), case.get("math", False)
+        self.model.checkpoint_layers = case.get("checkpoint", False)
         config = config_from_dict(case["config"])
         if isinstance(self.model, RetNet):
             self.model.use(form=case["retention"], backend=case["backend"])
@@ -70,9 +72,13 @@ class Ours:
 
     def decoder(self, batch: int, context: int) -> "Decoder":
         if isinstance(self.model, Transformer):
-            decoder = CacheDecoder.empty(self.model, batch, context + ROOM)
+            on_gpu = self.model.device.type == "cuda"
+            decoder = CacheDecoder.empty(self.model, batch, context + (1 if on_gpu else ROOM))
             decoder.skip(context)
-            return decoder
+            if not on_gpu:
+                return decoder
+            self.facts["form"] += f": {decoder.sdpa_kernel}"
+            return RecordedDecoder(decoder, record)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.model.config.vocab_size, (context,), generator=generator)
         state = read_tokens(self.model, [tokens.tolist()], self.model.init_state(1))
@@ -150,6 +156,14 @@ class CacheDecoder(Decoder):
         context = int(self.state.positions[0])
         return self.rows * state_bytes(self.model.config, context, dtype=self.model.dtype)
 
+    @property
+    def sdpa_kernel(self) -> str:
+        """Of a step; the heads of a group are its queries."""
+        k, _ = cast(KVCache, self.state.layers[0]).kv
+        config = self.model.config
+        q = k.new_empty(self.rows, k.shape[1], config.num_heads // k.shape[1], config.head_dim)
+        return sdpa_kernel_of(q, k, causal=False)
+
     @torch.inference_mode()
     def skip(self, count: int) -> bool:
         """Random keys and values cost what those of a text cost."""
@@ -161,6 +175,31 @@ class CacheDecoder(Decoder):
             caches.append(KVCache.of(cache.buffers.kv, (end,) * len(cache.lengths)))
         self.state = RetNetState(self.state.positions + count, caches)
         return True
+
+
+class RecordedDecoder(Decoder):
+    """A Transformer's step as a CUDA graph, as fast as its kernels: what ours is on a GPU.
+
+    A replay writes over the same token behind the context, which costs what the next one would.
+    """
+
+    def __init__(self, decoder: CacheDecoder, record: Callable[[Step], Step]):
+        super().__init__(decoder.model, decoder.state)
+        self._tokens = torch.zeros(self.rows, dtype=torch.int64, device=self.model.device)
+        self._replay = record(self._step)
+
+    def _step(self) -> Tensor:
+        caches = [
+            KVCache.of(cache.buffers.kv, cache.lengths)
+            for cache in cast(list[KVCache], self.state.layers)
+        ]
+        state = RetNetState(self.state.positions, caches)
+        hidden, _ = self.model.hidden(self._tokens[:, None], state)
+        return self.model.head(hidden[:, -1])
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self._tokens.copy_(tokens)
+        return self._replay()
 
 
 def model_of(case: Case) -> LanguageModel:
@@ -186,6 +225,8 @@ def read_bytes(model: LanguageModel) -> int:
 def prepare(case: Case, tell: Tell) -> tuple[Answer, Run]:
     if case["task"] == "op":
         return prepare_op(case)
+    if case["task"] == "step":
+        return prepare_step(case)
     if case["task"] == "train":
         keep_freed_memory()  # as `retentive train` does
     ours = Ours(case)

@@ -3,6 +3,7 @@
     {"prepare": case}    builds what the case needs and runs it once; answers its facts
     {"run": arguments}   answers {"seconds": [...]} of one or more timed runs
     {"memory": true}     answers bytes: at the process's start, at its peak, resident now
+    {"rest": true}       frees what was prepared
 
 An answer may be {"error": reason}; a long preparation says {"progress": n} in between.
 """
@@ -46,12 +47,21 @@ def serve(load: Callable[[], object], prepare: Prepare) -> None:
                 case = request["prepare"]
                 run = None  # frees what was prepared before
                 torch.set_num_threads(case["threads"])
+                on_gpu = case["device"].startswith("cuda")
                 if start is None:
                     load()
-                    warm_libraries(training=case["task"] == "train")
+                    if not on_gpu:
+                        warm_libraries(training=case["task"] == "train")
+                if on_gpu:  # whose memory is tensors only: each case begins anew
+                    forget_peak(case["device"])
+                if start is None or on_gpu:
                     start = resident_bytes(case["device"])
                 facts, run = prepare(case, tell)
                 tell(facts)
+            elif "rest" in request:
+                run = None
+                forget_peak(case["device"])
+                tell({})
             elif "run" in request:
                 assert run is not None
                 tell(run(**request["run"]))
@@ -118,6 +128,7 @@ def forget_peak(device: str) -> None:
     """From here on the peak counts anew, where the system allows it; freed memory is given back."""
     gc.collect()
     if device.startswith("cuda"):
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's

@@ -6,12 +6,15 @@ Shapes: B rows, T tokens; tokens `[B,T]`, logits `[B,vocab]`.
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from retentive.bench.workers.serving import Answer, Case, Run, forget_peak
+
+FLUSH_BYTES = 2**30  # 0.3 ms of an H100
 
 Step = Callable[[Tensor], Tensor]
 """Reads a token of each row `[B]`, goes on to the logits of the next, `[B,vocab]`."""
@@ -53,6 +56,41 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
+class Marks:
+    """Moments of a run. On a GPU they are events in its queue, so that Python's time between two
+    launches counts only where the GPU had to wait for it.
+    """
+
+    def __init__(self, device: str):
+        self._device, self._at = device, []
+        self._events = device.startswith("cuda")
+
+    def mark(self) -> None:
+        if not self._events:
+            self._at.append(clock(self._device))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._at.append(event)
+
+    def seconds(self) -> list[float]:
+        """From each mark to the next."""
+        if not self._events:
+            return [end - begin for begin, end in pairwise(self._at)]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / 1000 for begin, end in pairwise(self._at)]
+
+
+def empty_caches(device: str) -> None:
+    """Writes over the GPU's L2 cache, which else would hold what the run before left there.
+
+    It takes the GPU longer than Python needs for the next launches: those are timed as they run
+    one behind the other.
+    """
+    if device.startswith("cuda"):
+        torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
+
+
 def random_tokens(case: Case, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     vocab_size = case["config"]["vocab_size"]
@@ -60,10 +98,16 @@ def random_tokens(case: Case, *shape: int) -> Tensor:
 
 
 def train(model: Model, case: Case) -> Run:
-    """Forward, backward and AdamW's update of one batch; float32 weights whatever the dtype."""
+    """Forward, backward and AdamW's update of one batch; float32 weights whatever the dtype.
+
+    Without `case["update"]` the gradients are computed and dropped.
+    """
     device, tokens = case["device"], random_tokens(case, case["batch"], case["tokens"] + 1)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    parameters = list(model.parameters())
+    optimizer = None
+    if case.get("update", True):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     low = case["dtype"] == "bfloat16"
 
     def run() -> Answer:
@@ -71,8 +115,10 @@ def train(model: Model, case: Case) -> Run:
         with torch.autocast(device.partition(":")[0], torch.bfloat16) if low else nullcontext():
             loss = model.loss(inputs, targets)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if optimizer is not None:
+            optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
         return {"seconds": [clock(device) - began]}
 
     return run
@@ -101,20 +147,21 @@ def decode(model: Model, case: Case) -> Run:
     def run(seconds: float = 0.0, most: int = 32) -> Answer:
         """Tokens of each row for as long as `seconds`, at least three."""
         nonlocal token
-        times: list[float] = []
-        while len(times) < 3 or (sum(times) < seconds and len(times) < most):
-            began = clock(device)
+        began, marks, count = clock(device), Marks(device), 0
+        marks.mark()
+        while count < 3 or (time.perf_counter() - began < seconds and count < most):
             token = step(token).argmax(-1)
-            times.append(clock(device) - began)
-        return {"seconds": times}
+            marks.mark()
+            count += 1
+        return {"seconds": marks.seconds()}
 
     return run
 
 
 def op_inputs(case: Case, layout: str) -> list[Tensor]:
-    """q, k `[1,T,H,K]` and v `[1,T,H,V]`, or `[1,H,T,...]` for the layout "heads first"."""
-    tokens, heads = case["tokens"], case["heads"]
-    shape = (1, heads, tokens) if layout == "heads first" else (1, tokens, heads)
+    """q, k `[B,T,H,K]` and v `[B,T,H,V]`, or `[B,H,T,...]` for the layout "heads first"."""
+    rows, tokens, heads = case["batch"], case["tokens"], case["heads"]
+    shape = (rows, heads, tokens) if layout == "heads first" else (rows, tokens, heads)
     dims = (case["key_dim"], case["key_dim"], case["value_dim"])
     kind: dict[str, Any] = {"device": case["device"], "dtype": getattr(torch, case["dtype"])}
     return [torch.randn(*shape, dim, **kind).requires_grad_() for dim in dims]
@@ -124,15 +171,40 @@ def op_run(forward: Callable[[], Tensor], leaves: list[Tensor], device: str) -> 
     """Forward and backward of an op, timed apart and together; run once to warm up."""
     gradient = torch.randn_like(forward())
 
-    def run() -> Answer:
+    def once() -> list[float]:
         for leaf in leaves:
             leaf.grad = None
-        start = clock(device)
+        empty_caches(device)
+        marks = Marks(device)
+        marks.mark()
         o = forward()
-        middle = clock(device)
+        marks.mark()
         o.backward(gradient)
-        end = clock(device)
-        return {"seconds": [end - start], "forward": [middle - start]}
+        marks.mark()
+        return marks.seconds()
+
+    def run(times: int = 1) -> Answer:
+        parts = [once() for _ in range(times)]
+        return {"seconds": [sum(part) for part in parts], "forward": [part[0] for part in parts]}
 
     run()
+    return run
+
+
+def step_run(step: Callable[[], object], device: str) -> Run:
+    """A decoding step of an op; run once to warm up."""
+
+    @torch.inference_mode()
+    def once() -> float:
+        empty_caches(device)
+        marks = Marks(device)
+        marks.mark()
+        step()
+        marks.mark()
+        return marks.seconds()[0]
+
+    def run(times: int = 20) -> Answer:
+        return {"seconds": [once() for _ in range(times)]}
+
+    run(3)
     return run
