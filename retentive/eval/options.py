@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -15,7 +16,7 @@ from retentive.models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Options:
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """A model folder, or the folder of a training run."""
     batch_size: int = 16
     """Rows read at once."""

@@ -44,7 +44,10 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class PerplexityOptions(Options):
-    texts: tyro.conf.Positional[tuple[str, ...]] = field(kw_only=True)
+    texts: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="TEXT...", help_behavior_hint="(required)"),
+    ] = field(kw_only=True)
     """Files (.txt, .jsonl, any text; also .gz, .xz), folders, globs, or stdlib: Python's own. Form
     feeds separate documents in a .txt."""
     windows: tuple[int, ...] = (2048,)
