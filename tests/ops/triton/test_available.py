@@ -8,6 +8,7 @@ import pytest
 import torch
 from triton.backends.nvidia import compiler
 
+from retentive.ops import backends
 from retentive.ops.triton import available
 
 
@@ -70,3 +71,25 @@ def test_only_hopper_needs_the_new_assembler(hopper, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, c=capability: c)
         available._unavailable_on_gpu.cache_clear()
         assert available.unavailable("cuda", 0) is None
+
+
+def tensor(device, dtype, width):
+    """What the choice looks at; there may be no such device."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 8, 2, width))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "K", "chunk_size", "taken"),
+    [
+        ("cuda:0", torch.bfloat16, 64, None, "triton"),
+        ("cuda:0", torch.float32, 64, 128, "triton"),
+        ("cuda:0", torch.float64, 64, None, "torch"),
+        ("cuda:0", torch.bfloat16, 8, None, "torch"),
+        ("cuda:0", torch.bfloat16, 64, 100, "torch"),
+        ("cpu", torch.bfloat16, 64, None, "torch"),  # also where the interpreter could run it
+    ],
+)
+def test_auto_takes_the_kernels_where_they_can_do_it(hopper, device, dtype, K, chunk_size, taken):
+    q, v = tensor(device, dtype, K), tensor(device, dtype, 128)
+    chosen = backends.choose("auto", "chunkwise", q, v, chunk_size)  # pyright: ignore
+    assert chosen is backends.BACKENDS[taken].run
