@@ -170,6 +170,7 @@ def _plan_of_ours(source: Source) -> Plan:
     fit.check_layers(source.config.get("num_hidden_layers"))
     with _naming(source):
         config = config_from_dict(source.config)
+    fit.check_sizes(config)
     pieces = {
         name: Piece(name, None, Stored(shape, fit.dtype(name)))
         for name, shape in _shapes(config).items()
@@ -198,6 +199,12 @@ class _Fit:
         stored = 1 + max((number for _, number in map(_numbered, self.tensors)), default=-1)
         if stored != count:
             raise self._refuse(f"holds {stored} layers, {CONFIG} says {count}")
+
+    def check_sizes(self, config: RetNetConfig | TransformerConfig) -> None:
+        largest = max(max(stored.shape, default=0) for stored in self.tensors.values())
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "qk_dim", "value_dim"):
+            if (size := getattr(config, name, 0)) > largest:
+                raise self._refuse(f"holds no tensor as large as {name} {size} of {CONFIG}")
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor that must be there."""
@@ -249,15 +256,17 @@ def _our_config(source: Source, dialect: Dialect, fit: "_Fit") -> RetNetConfig:
         fields = dialect.config.read(source.config).to_ours(source)
     fit.check_layers(fields["num_hidden_layers"])
     with _naming(source):
-        return RetNetConfig.from_dict(fields)
+        config = RetNetConfig.from_dict(fields)
+    fit.check_sizes(config)
+    return config
 
 
 @contextmanager
 def _naming(source: Source) -> Iterator[None]:
-    """Says whose config it is that is wrong."""
+    """Says whose config it is that is wrong, be it only that a width is 0 or an expansion NaN."""
     try:
         yield
-    except InputError as error:
+    except (ValueError, ArithmeticError) as error:  # InputError is the first
         raise InputError(f"{source.given}, {CONFIG}: {error}") from error
 
 

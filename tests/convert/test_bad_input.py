@@ -109,7 +109,10 @@ def test_a_dtype_that_is_none_of_ours(source, refused):
     [
         ({"num_hidden_layers": 4}, ("3 layers", "4")),
         ({"num_hidden_layers": 10**9}, ("3 layers",)),
-        ({"hidden_size": 128}, ("(97, 64)", "(97, 128)")),
+        ({"hidden_size": 32}, ("(97, 64)", "(97, 32)")),
+        ({"hidden_size": 10**9}, ("no tensor as large as hidden_size 1000000000",)),
+        ({"hidden_size": 0}, ("config.json", "hidden_size is 0")),
+        ({"expand_k": float("nan")}, ("config.json", "NaN")),
         ({"num_heads": 7}, ("config.json", "num_heads 7")),
         ({"num_heads": "four"}, ("config.json", "num_heads is 'four'", "a whole number")),
         ({"attn": None}, ("lacks model.layers.1.attn.g_proj.weight",)),
