@@ -15,6 +15,7 @@ from retentive.errors import InputError, nearest
 COMMANDS = {  # name: (module with main(argv) -> exit code or None, help)
     "demo": ("retentive.demo.command", "train a small model on Python's own sources, then use it"),
     "train": ("retentive.train.command", "train a model from a TOML configuration, or go on"),
+    "merge": ("retentive.adapters.command", "put a LoRA adapter into its model's weights"),
     "generate": ("retentive.inference.command", "continue prompts with a trained model"),
     "convert": ("retentive.convert.command", "open anybody's RetNet checkpoint, or write one"),
     "quantize": (

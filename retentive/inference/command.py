@@ -13,6 +13,7 @@ from typing import Annotated, Any, TextIO
 import torch
 import tyro
 
+from retentive.adapters.loading import load_adapted, refuse_adapter
 from retentive.arguments import parse
 from retentive.data.tokenizer import load_tokenizer
 from retentive.devices import resolve_device
@@ -56,6 +57,8 @@ class Options:
     """Weaken the tokens already in the text; 1 is off."""
     seed: Annotated[int | None, _left_out("INT", Sampling.seed)] = None
     """The text is the same for the same seed."""
+    adapter: Annotated[Path | None, _left_out("FOLDER", "none")] = None
+    """A LoRA adapter or a tuned state of this model, as training writes it."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End a text before this string; may be given several times."""
     save_state: Annotated[Path | None, _left_out("FILE", "none")] = None
@@ -92,7 +95,12 @@ def main(argv: Sequence[str]) -> int | None:
         prompts = (_standard_input(),)
 
     device = resolve_device(options.device)
-    model = load(options.model, device=str(device), dtype=options.dtype)
+    place = {"device": str(device), "dtype": options.dtype}
+    if options.adapter is None:
+        refuse_adapter(options.model)
+        model = load(options.model, **place)
+    else:
+        model = load_adapted(options.model, options.adapter, **place)
     if device.type == "cpu":
         pack_(model)
     tokenizer = load_tokenizer(options.model)
@@ -144,7 +152,8 @@ def _write(session: Session, prompts: Sequence[str], options: Options) -> int:
         print(rate, file=sys.stderr)
     print(f"state: {session.state_bytes / len(session.rows):,.0f} bytes a text", file=sys.stderr)
     if options.save_state is not None:
-        again = f"retentive generate {options.model} --load-state {options.save_state}"
+        adapter = "" if options.adapter is None else f"--adapter {options.adapter} "
+        again = f"retentive generate {options.model} {adapter}--load-state {options.save_state}"
         print(f"saved; go on with: {again}", file=sys.stderr)
     return 130 if interrupted else 0
 

@@ -9,6 +9,8 @@
         state.safetensors                             carried state (truncated BPTT)
         run.json                                      step, seconds, config, corpus hash
 
+In the place of the model files an adapter's run has the adapter's (`retentive.adapters`).
+
 A checkpoint is written to a hidden folder and renamed when it is complete: a folder named `step-N`
 is always whole.
 """
@@ -34,11 +36,15 @@ class RunFolder:
     """Where a run lives. What writes raises InputError where the disk is full or protected."""
 
     path: Path
+    model_files: tuple[str, ...] = MODEL_FILES
+    """What of a checkpoint is the model, or the adapter that is trained."""
 
     @classmethod
-    def open(cls, path: Path, *, resume: bool) -> "RunFolder":
+    def open(
+        cls, path: Path, *, resume: bool, model_files: tuple[str, ...] = MODEL_FILES
+    ) -> "RunFolder":
         """Makes a new run's folder, or finds the one to resume. InputError: it is the other."""
-        run, checkpoints = cls(path), path / "checkpoints"
+        run, checkpoints = cls(path, model_files), path / "checkpoints"
         if resume and not checkpoints.is_dir():
             raise InputError(
                 f"{path} holds no run to resume; leave out --resume to start one there"
@@ -99,7 +105,7 @@ class RunFolder:
 
     def publish(self, checkpoint: Path) -> None:
         """Makes `checkpoint`'s model the one at the run's top, each file in one piece."""
-        for name in MODEL_FILES:
+        for name in self.model_files:
             aside = self.path / f".{name}"
             aside.unlink(missing_ok=True)
             try:

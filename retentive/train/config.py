@@ -1,4 +1,4 @@
-"""A run is one TOML file: the tables [model], [data], [optimizer] and [train].
+"""A run is one TOML file: the tables [model], [data], [optimizer], [train] and [adapter].
 
 A command line such as `--optimizer.lr 1e-3` is a later line of the same file, so both meet the same
 checks: an unknown key or a wrong type is named with its table and the nearest key there is.
@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from retentive.data.dataset import DataConfig
 from retentive.errors import InputError, nearest
+from retentive.models.checkpoint import load_config as load_model_config
 from retentive.models.config import RetNetConfig, TransformerConfig
 
 Table = dict[str, Any]
@@ -27,6 +28,8 @@ class ModelOptions:
     `kind = "transformer"` takes the baseline of the same width, depth and number of parameters.
     """
 
+    base: str | None = None
+    """A model folder to go on from (fine-tuning), with its weights and its tokenizer."""
     kind: Literal["retnet", "transformer"] = "retnet"
     size: str | None = None
     num_kv_heads: int | None = None
@@ -34,6 +37,10 @@ class ModelOptions:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        if self.base is not None:
+            if given := [*self.fields, *_changed(self, ("kind", "size", "num_kv_heads"))]:
+                raise InputError(f"model.base is a whole model; leave out model.{given[0]}")
+            return
         if self.kind == "retnet" and self.num_kv_heads is not None:
             raise InputError('model.num_kv_heads belongs to kind = "transformer"; leave it out')
         required = {
@@ -44,6 +51,8 @@ class ModelOptions:
 
     def build(self, vocab_size: int) -> RetNetConfig | TransformerConfig:
         """The model's config. `vocab_size` is the tokenizer's, for a table that names none."""
+        if self.base is not None:
+            return self._of_base(vocab_size)
         fields = {"vocab_size": vocab_size, **self.fields}
         if fields["vocab_size"] < vocab_size:
             raise InputError(
@@ -57,6 +66,25 @@ class ModelOptions:
         if self.kind == "retnet":
             return retnet
         return TransformerConfig.matching(retnet, num_kv_heads=self.num_kv_heads)
+
+    def _of_base(self, vocab_size: int) -> RetNetConfig | TransformerConfig:
+        config = load_model_config(self.base_folder)
+        if config.quantization is not None:
+            raise InputError(
+                f"the weights of model.base, {self.base}, are quantised; give the model it was "
+                "made from"
+            )
+        if config.vocab_size < vocab_size:
+            raise InputError(
+                f"the tokenizer has {vocab_size} entries, the model in {self.base} "
+                f"{config.vocab_size}; give the tokenizer.json that it was trained with"
+            )
+        return config
+
+    @property
+    def base_folder(self) -> Path:
+        assert self.base is not None
+        return Path(self.base).expanduser()
 
 
 @dataclass(frozen=True)
@@ -143,6 +171,38 @@ class TrainConfig:
             raise InputError("train.sample_prompt is empty; give the text that a sample continues")
 
 
+@dataclass(frozen=True)
+class AdapterConfig:
+    """[adapter]: what is learned of a `model.base` that stays as it is."""
+
+    kind: Literal["none", "lora", "state"] = "none"
+    """none: all weights are trained; lora; state: only the states that texts begin with."""
+    rank: int = 8
+    """Of LoRA, as are the keys below: r, the rows of A and columns of B."""
+    alpha: int = 16
+    """The product B A counts alpha / rank times."""
+    dropout: float = 0.0
+    """Of what A reads."""
+    targets: tuple[str, ...] = ()
+    """Names of linear layers, such as q_proj; by default all projections of all layers."""
+
+    def __post_init__(self):
+        if self.kind != "lora" and (
+            given := _changed(self, ("rank", "alpha", "dropout", "targets"))
+        ):
+            raise InputError(f'adapter.{given[0]} belongs to kind = "lora"; leave it out')
+        _at_least("adapter.rank", self.rank, 1)
+        _at_least("adapter.alpha", self.alpha, 1)
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"adapter.dropout is {self.dropout}; it is at least 0, below 1")
+
+
+def _changed(options: Any, keys: Sequence[str]) -> list[str]:
+    """Those of the keys that differ from their defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(options)}
+    return [key for key in keys if getattr(options, key) != defaults[key]]
+
+
 def _at_least(key: str, value: float, least: float) -> None:
     if value < least:
         raise InputError(f"{key} is {value}; it must be at least {least}")
@@ -156,13 +216,30 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self):
-        self.model.build(vocab_size=1)  # a mistake in [model] shows before the corpus is read
-        if self.train.carry_state and self.model.kind == "transformer":
+        # A mistake in [model] shows before the corpus is read.
+        is_retnet = isinstance(self.model.build(vocab_size=1), RetNetConfig)
+        if self.train.carry_state and not is_retnet:
             raise InputError(
                 "train.carry_state needs a state of fixed size, and a Transformer's cache grows; "
                 'leave it out or take model.kind = "retnet"'
+            )
+        if self.model.base is not None and self.data.tokenizer == "bpe":
+            raise InputError(
+                f"data.tokenizer is bpe, a new one, but the model in {self.model.base} knows its "
+                "own; leave it out to take that"
+            )
+        if self.adapter.kind != "none" and self.model.base is None:
+            raise InputError(
+                f"adapter.kind is {self.adapter.kind}, but there is no model to adapt; give its "
+                "folder as model.base"
+            )
+        if self.adapter.kind == "state" and not is_retnet:
+            raise InputError(
+                f"state tuning needs retention, and the model in {self.model.base} is a "
+                'Transformer; take adapter.kind = "lora"'
             )
 
     @classmethod
@@ -176,6 +253,8 @@ class RunConfig:
                 key = f"{section}.{name}"
                 _check_type(key, option(key).type, value)
         sections = {s: _tuples(given) for s, given in table.items()}
+        if base := sections.get("model", {}).get("base"):
+            sections["data"] = {"tokenizer": base, **sections.get("data", {})}
         sections["model"] = _nest_model_fields(sections.get("model", {}))
         return cls(**{s: _SECTIONS[s](**given) for s, given in sections.items()})
 
@@ -191,6 +270,7 @@ _SECTIONS: dict[str, Any] = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "adapter": AdapterConfig,
 }
 
 

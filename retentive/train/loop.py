@@ -1,6 +1,7 @@
 """A run from its first step, or from its last checkpoint, to its end."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retentive.adapters.initial_state import InitialState
+from retentive.adapters.lora import Lora
 from retentive.data.dataset import Corpus, prepare
 from retentive.data.tokenizer import save_tokenizer
 from retentive.devices import resolve_device
@@ -17,8 +20,8 @@ from retentive.inference.generate import generate
 from retentive.models.config import config_from_dict
 from retentive.models.counts import flops_per_token
 from retentive.models.files import write_text
-from retentive.train.checkpoints import OtherRun, RunFolder
-from retentive.train.config import RunConfig
+from retentive.train.checkpoints import MODEL_FILES, OtherRun, RunFolder
+from retentive.train.config import AdapterConfig, RunConfig
 from retentive.train.interrupt import stop_requests
 from retentive.train.metrics import MetricsLog, measure_gemm_rate, plot_curve, read_metrics
 from retentive.train.progress import Display
@@ -28,6 +31,8 @@ from retentive.train.validate import validate
 RECORD = "run.json"
 # They decide which tokens a step sees: a resumed run keeps them, as it keeps its model and corpus.
 ORDER_KEYS = ("seed", "batch_size", "seq_len", "carry_state")
+# What a run leaves, by its adapter.kind.
+LEAVES = {"none": MODEL_FILES, "lora": Lora.files, "state": InitialState.files}
 OnUpdate = Callable[[int, float, float], None]
 
 
@@ -57,6 +62,8 @@ def train(
 ) -> Result:
     """Trains a model into `folder`, which is a model folder then; `resume`: from where it stopped.
 
+    With an adapter, `folder` is the adapter's.
+
     SIGINT and SIGTERM end it after the step they fall in, saved. Progress goes to stderr unless
     `quiet`, and after every update its step, loss (nats a token) and tokens/s to `on_update`.
 
@@ -65,7 +72,8 @@ def train(
     all that the model and the data refuse.
     """
     compute_dtype(config.train.dtype, resolve_device(config.train.device))  # refused at once
-    run_folder = RunFolder.open(Path(folder), resume=resume)
+    leaves = LEAVES[config.adapter.kind]
+    run_folder = RunFolder.open(Path(folder), resume=resume, model_files=leaves)
     corpus = prepare(config.data, progress=None if quiet else _tell)
     run = Run(config, run_folder, corpus)
     if run.step < config.train.steps or run.owed():
@@ -125,14 +133,16 @@ class Run:
         """Steps up to the last one, or up to the one in which a stop is asked for; saved then."""
         train, trainer = self.config.train, self.trainer
         gemm_rate = measure_gemm_rate(trainer.device, trainer.dtype)
-        flops = 3 * flops_per_token(self.model_config, (train.seq_len + 1) / 2)
+        # Forward, gradients of what flows through, and of the weights unless these are frozen.
+        passes = 3 if trainer.adapter is None else 2
+        flops = passes * flops_per_token(self.model_config, (train.seq_len + 1) / 2)
         with (
             contextlib.closing(self.log),
             stop_requests() as stop,
             Display(self.step, train.steps, flops / gemm_rate, quiet) as display,
         ):
             display.say(
-                f"{trainer.model.num_parameters() / 1e6:.1f}M parameters, "
+                f"{trainer.model.num_parameters() / 1e6:.1f}M parameters{self._share()}, "
                 f"{self.corpus.train.num_tokens / 1e6:.1f}M tokens to train on; {trainer.device}, "
                 f"{str(trainer.dtype).removeprefix('torch.')}, GEMM {gemm_rate / 1e9:,.0f} GFLOP/s"
             )
@@ -146,6 +156,13 @@ class Run:
                 if stopping or self._due(train.save_every):
                     self._save()  # first: whatever fails in a report costs no step
                 self._report(display)
+
+    def _share(self) -> str:
+        """How many parameters an adapter trains."""
+        if self.trainer.adapter is None:
+            return ""
+        trained = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
+        return f", {trained:,} of them trained"
 
     def _update(self, display: Display, gemm_seconds: float) -> tuple[float, float]:
         """Its loss and tokens/s. `gemm_seconds`: a token's time at the machine's GEMM rate."""
@@ -226,7 +243,8 @@ class Run:
     def _save(self) -> None:
         with self.folder.writing(self.step, self.config.train.keep) as checkpoint:
             self.trainer.save(checkpoint)
-            save_tokenizer(self.corpus.tokenizer, checkpoint)
+            if self.trainer.adapter is None:
+                save_tokenizer(self.corpus.tokenizer, checkpoint)
             progress = {"step": self.step, "seconds": self.seconds}
             write_text(checkpoint / RECORD, json.dumps(progress | self.description(), indent=2))
 
@@ -257,6 +275,10 @@ def _check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) 
         changed += _differences("data", *data) or ["the text behind data.sources has changed"]
     order = [{k: run["config"]["train"][k] for k in ORDER_KEYS} for run in (before, now)]
     changed += _differences("train", *order)
+    none = dataclasses.asdict(AdapterConfig())  # of runs from before there were any
+    changed += _differences(
+        "adapter", *(run["config"].get("adapter", none) for run in (before, now))
+    )
     if changed:
         raise OtherRun(
             f"cannot resume {folder}: {'; '.join(changed)}; change it back, or begin another run "

@@ -9,12 +9,11 @@ from retentive.train.config import OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices decay; norms and biases, the parameters of one dimension, do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """Two groups of what is trained: matrices decay; norms, biases and states do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim == 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
     ]
 
 
@@ -46,6 +45,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {
         f"{key}.{name}": value
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
         for key, value in optimizer.state[parameter].items()
     }
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retentive.adapters.initial_state import InitialState
+from retentive.adapters.lora import Lora
 from retentive.data.batches import NO_TARGET, Batch, BatchOrder
 from retentive.data.dataset import Corpus
 from retentive.devices import resolve_device, resolve_dtype
@@ -50,29 +52,56 @@ class Trainer:
             corpus.train, train.batch_size, train.seq_len, train.seed, carry=train.carry_state
         )
         self.step = 0
+        self.adapter: Lora | InitialState | None = None
         with enough_memory("the model", self.device, "take a smaller one, or another --device"):
             self.model = self._build_model(corpus.vocab_size, checkpoint)
             self.optimizer = build_optimizer(self.model, config.optimizer)
             # Carried from step to step, a row for each of the batch's.
-            self.state = self.model.init_state(train.batch_size) if train.carry_state else None
+            self.state = None
+            if train.carry_state:
+                self.state = self.model.init_state(train.batch_size).detach()
             if checkpoint is not None:
                 self._restore(checkpoint)
 
     def _build_model(self, vocab_size: int, checkpoint: Path | None) -> LanguageModel:
-        """The model, and what is applied to it from outside: checkpointing, compilation."""
-        train = self.config.train
+        """The model, and what is applied to it from outside: adapter, checkpointing, compilation.
+
+        A checkpoint has the model itself, or the adapter of the base.
+        """
+        config, train = self.config.model, self.config.train
         exact = "float64" if self.dtype is torch.float64 else "float32"
-        if checkpoint is not None:
+        adapts = self.config.adapter.kind != "none"
+        torch.manual_seed(train.seed)
+        if checkpoint is not None and not adapts:
             model = load(checkpoint, device=str(self.device), dtype=exact)
+        elif config.base is not None:
+            model = load(config.base_folder, device=str(self.device), dtype=exact)
         else:
-            torch.manual_seed(train.seed)
             with self.device:
-                model = new_model(self.config.model.build(vocab_size)).to(resolve_dtype(exact))
+                model = new_model(config.build(vocab_size)).to(resolve_dtype(exact))
+        if adapts:
+            self.adapter = self._adapt(model)
+            if checkpoint is not None:
+                self.adapter.restore(checkpoint)
         model.checkpoint_layers = train.checkpoint_layers
         if train.compile:
             for layer in model.layers:
                 layer.compile()
         return model.train()
+
+    def _adapt(self, model: LanguageModel) -> Lora | InitialState:
+        """What is trained in the place of the model's weights, which are frozen."""
+        options = self.config.adapter
+        if options.kind == "state":
+            return InitialState(model)
+        return Lora(
+            model,
+            str(self.config.model.base),
+            rank=options.rank,
+            alpha=options.alpha,
+            dropout=options.dropout,
+            targets=options.targets,
+        )
 
     def update(self) -> dict[str, float]:
         """One update of the weights; its loss (nats a token), learning rate, norm and tokens.
@@ -118,11 +147,14 @@ class Trainer:
         """The carried state of some rows; afresh where a row does not continue its document."""
         if self.state is None:
             return None
-        return self.state.select(rows).reset(~batch.continues[rows])
+        return begun_anew(self.model, self.state.select(rows), ~batch.continues[rows])
 
     def save(self, folder: Path) -> None:
-        """Writes the model folder and everything else that the next update depends on."""
-        save_model(self.model, folder)
+        """Writes the model, or its adapter, and all else that the next update depends on."""
+        if self.adapter is None:
+            save_model(self.model, folder)
+        else:
+            self.adapter.save(folder)
         tensors = optimizer_tensors(self.model, self.optimizer) | random_states(self.device)
         write_tensors(folder / OPTIMIZER, tensors, {"format": "pt"})
         if self.state is not None:
@@ -162,6 +194,12 @@ def batch_loss(
     tokens, targets = (x.to(model.device).view(1, -1) for x in (batch.tokens, batch.targets))
     hidden, state = model.hidden(tokens, state, layout=layout)
     return model.loss(hidden, targets, reduction="sum"), state
+
+
+def begun_anew(model: LanguageModel, state: RetNetState, rows: Tensor) -> RetNetState:
+    """The state, but where `rows` (bool `[B]`, on the CPU) is True that of a text's beginning."""
+    index = torch.arange(state.batch_size).masked_fill(rows, state.batch_size)
+    return concat([state, model.init_state(1)]).select(index)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from retentive.data.batches import NO_TARGET, BatchOrder
 from retentive.data.dataset import Corpus
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
-from retentive.train.trainer import autocast, batch_loss
+from retentive.train.trainer import autocast, batch_loss, begun_anew
 
 
 @torch.no_grad()
@@ -25,8 +25,8 @@ def validate(
     """Nats a token and bits per byte over the held-out text, or about `max_tokens` of it.
 
     A RetNet reads on from row to row with its state carried; the documents that lie across two of
-    the `batch_size` lanes (at most one a bound) are cut there, and their rest is read from an empty
-    state. A Transformer reads rows as it was trained on them, and so does a RetNet without `carry`:
+    the `batch_size` lanes (at most one a bound) are cut there, and their rest is read as if a text
+    began. A Transformer reads rows as it was trained on them, and so does a RetNet without `carry`:
     to compare the two. The same tokens come in the same order every time, each once.
     """
     split = corpus.valid
@@ -44,7 +44,7 @@ def validate(
         rows_left = round((order.steps_per_epoch - step) * rows)
         batch.targets[rows_left:] = NO_TARGET  # of the next epoch, with which a batch is filled up
         if state is not None:
-            state = state.reset(~batch.continues)
+            state = begun_anew(model, state, ~batch.continues)
         with autocast(model.device, dtype):
             loss, state = batch_loss(model, batch, state)
         targets = batch.targets[batch.targets != NO_TARGET]

@@ -78,11 +78,13 @@ def test_its_gradient(tuned: LanguageModel, tokens: Tensor) -> None:
     """Along random directions, against finite differences; from packed documents."""
     flat, layout = tokens[:2].flatten(), tuned.packed_layout(BOUNDS)
     states = [layer.initial_state for layer in retentions(tuned) if layer.initial_state is not None]
+    for state in states:
+        state.requires_grad_()
 
     def loss() -> Tensor:
         return tuned.loss(tuned.hidden(flat[None, :], layout=layout)[0][0, :-1], flat[1:])
 
-    gradients = torch.autograd.grad(loss(), [state.requires_grad_() for state in states])
+    gradients = torch.autograd.grad(loss(), states)
     step = 1e-5
     for _ in range(2):
         directions = [step * torch.randn_like(state) for state in states]
