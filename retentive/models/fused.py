@@ -20,6 +20,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
 }
 
+Norm = Callable[[Tensor], Tensor]
+"""nn.LayerNorm, nn.RMSNorm, or what leaves x as it is."""
+
 
 class Plain:
     @staticmethod
@@ -28,7 +31,7 @@ class Plain:
         return rotate(q, angles.cos, angles.sin), rotate(k, angles.key_cos, angles.key_sin)
 
     @staticmethod
-    def norm_gate(o: Tensor, gate: Tensor | None, norm: nn.Module, act: str) -> Tensor:
+    def norm_gate(o: Tensor, gate: Tensor | None, norm: Norm, act: str) -> Tensor:
         """act(gate) ⊙ norm(o) `[B,T,H·V]` for o `[B,T,H,V]` and gate `[B,T,H·V]`."""
         normed = norm(o).flatten(-2)
         return normed if gate is None else ACTIVATIONS[act](gate) * normed
@@ -44,7 +47,7 @@ class Fused:
         return rotate_qk(q, k, *angles)
 
     @staticmethod
-    def norm_gate(o: Tensor, gate: Tensor | None, norm: nn.Module, act: str) -> Tensor:
+    def norm_gate(o: Tensor, gate: Tensor | None, norm: Norm, act: str) -> Tensor:
         from retentive.ops.triton.norm_gate import norm_gate
 
         kind, weight, bias, eps = norm_parts(norm)
@@ -59,7 +62,7 @@ def around(backend: str, x: Tensor) -> type[Plain] | type[Fused]:
     return Fused
 
 
-def norm_parts(norm: nn.Module) -> tuple[str, Tensor | None, Tensor | None, float]:
+def norm_parts(norm: Norm) -> tuple[str, Tensor | None, Tensor | None, float]:
     """Kind, weight, bias and eps of a head's norm, as the kernels take them."""
     if isinstance(norm, nn.LayerNorm):
         return "layernorm", norm.weight, norm.bias, norm.eps

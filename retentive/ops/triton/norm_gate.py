@@ -139,9 +139,9 @@ def norm_gate(
     act: str,
     eps: float,
 ) -> Tensor:
-    """act(gate) ⊙ HeadNorm(o): y `[B,T,H·V]` in o's dtype.
+    """act(gate) ⊙ HeadNorm(o): y `[...,H·V]` in o's dtype.
 
-    o `[B,T,H,V]`; gate `[B,T,H·V]`; weight and bias `[V]`, shared by the heads; `norm` of NORMS,
+    o `[...,H,V]`; gate `[...,H·V]`; weight and bias `[V]`, shared by the heads; `norm` of NORMS,
     `act` of ACTIVATIONS.
     Without a gate y is the norm, with norm "none" the gated o.
     """
@@ -161,14 +161,14 @@ def launch_norm_gate(
     y: Tensor,
     active: Tensor | None = None,
 ) -> None:
-    """Into y, whose dtype need not be that of o; zero in rows of B that are not `active`."""
-    batch, length, heads, dim = o.shape
+    """Into y, whose dtype need not be that of o; zero in slots, o `[B,...]`, not `active` `[B]`."""
+    heads, dim = o.shape[-2:]
     gate = None if gate is None else _token_rows(gate)
-    rows, tile = batch * length * heads, _tile(dim, TILE)
+    rows, tile = o.numel() // dim, _tile(dim, TILE)
     with torch.cuda.device_of(o):
         _forward_kernel[(triton.cdiv(rows, tile["BLOCK_R"]),)](
             o.contiguous(), gate, weight, bias, active, y,
-            rows, heads, length * heads, 0 if gate is None else gate.stride(0), eps,
+            rows, heads, rows // o.shape[0], 0 if gate is None else gate.stride(0), eps,
             NORM=norm, ACT=act, **tile, **OPTIONS,
         )  # fmt: skip
 
@@ -185,8 +185,8 @@ def norm_gate_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of o, gate, weight and bias; empty for what there is not."""
-    batch, length, heads, dim = o.shape
-    rows, tile = batch * length * heads, _tile(dim, BACKWARD_TILE)
+    heads, dim = o.shape[-2:]
+    rows, tile = o.numel() // dim, _tile(dim, BACKWARD_TILE)
     programs = triton.cdiv(rows, tile["BLOCK_R"] * TILES)
     do = torch.empty_like(o, memory_format=torch.contiguous_format)
     dgate = _gradient(gate)
@@ -212,12 +212,12 @@ def _tile(dim: int, elements: int) -> dict[str, int]:
 
 
 def _output(o: Tensor) -> Tensor:
-    return o.new_empty(*o.shape[:2], o.shape[2] * o.shape[3])
+    return o.new_empty(*o.shape[:-2], o.shape[-2] * o.shape[-1])
 
 
 def _token_rows(gate: Tensor) -> Tensor:
-    """`[B,T,X]` -> `[B·T,X]`, a view also where it is a part of wider rows."""
-    flat = gate.flatten(0, 1)
+    """`[...,X]` -> `[tokens,X]`, a view also where it is a part of wider rows."""
+    flat = gate.flatten(0, -2)
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 

@@ -86,12 +86,16 @@ def test_compiles_as_one_graph(build, tokens):
 
 
 def test_decoding_by_slots(build, name, tokens):
-    """Three rows of four slots, as they are recorded on a GPU."""
+    """Three rows of four slots, as they are recorded on a GPU, and steps that are not recorded."""
     model, plain = build(name, torch.float32, "triton"), build(name, torch.float64, "torch")
     with torch.inference_mode():
         exact = DecodeRunner(plain, plain(tokens[:, :8])[1])
-        slots = GraphRunner(model, model(tokens[:, :8])[1], lambda step: step)
+        state = model(tokens[:, :8])[1]
+        slots = GraphRunner(model, state, lambda step: step)
+        steps = DecodeRunner(model, state.clone())
     for column in tokens[:, 8:].unbind(1):
-        assert error(slots.step(column), exact.step(column)) < WITHIN
+        logits = exact.step(column)
+        assert error(slots.step(column), logits) < WITHIN
+        assert error(steps.step(column), logits) < WITHIN
     for one, other in zip(slots.state.layers, exact.state.layers, strict=True):
         assert error(one.S, other.S) < WITHIN

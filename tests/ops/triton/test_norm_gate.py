@@ -116,10 +116,10 @@ def test_backward_in_bfloat16(operands, random):
 def test_a_gate_that_is_a_part_of_wider_rows(random):
     o, wide = random(2, 7, 2, 16), random(2, 7, 50, seed=1)
     gate = wide[..., 9:41]
-    torch.testing.assert_close(
-        norm_gate(o, gate, None, None, "layernorm", "swish", EPS),
-        plain(o, gate, None, None, "layernorm"),
-    )
+    exact = plain(o, gate, None, None, "layernorm")
+    torch.testing.assert_close(norm_gate(o, gate, None, None, "layernorm", "swish", EPS), exact)
+    token = norm_gate(o[:, 3], gate[:, 3], None, None, "layernorm", "swish", EPS)
+    torch.testing.assert_close(token, exact[:, 3])  # without a dim of tokens, too
 
 
 def test_rows_of_slots_that_are_not_active_are_zero(device, random):
