@@ -22,6 +22,7 @@ def load_adapted(
     where, kind, adapter = resolve_device(device), resolve_dtype(dtype), Path(adapter)
     is_lora = holds_lora(adapter)
     values, base = lora.read(adapter) if is_lora else initial_state.read(adapter)
+    refuse_adapter(Path(folder))
     refuse_quantised(folder)
     exact = "float32" if base is None else base.partition(":")[0]
     model = checkpoint.load(folder, device=str(where), dtype=exact)
