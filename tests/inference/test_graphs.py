@@ -11,6 +11,7 @@ from retentive.inference import graphs
 from retentive.inference.graphs import GraphRunner, Step, bucket, suits
 from retentive.inference.runner import DecodeRunner, runner
 from retentive.models.config import RetNetConfig
+from retentive.models.files import fingerprint
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 
@@ -93,6 +94,15 @@ def test_a_size_is_recorded_once(model):
             DecodeRunner(model, read(model, rows).clone()),
         )
     assert recorder.recordings == len({4, 2, 1})
+
+
+def test_a_state_in_slots_is_saved_like_any_other(model, tmp_path):
+    """Three rows of four: not all of their memory."""
+    replayed = GraphRunner(model, read(model, 3), Recorder())
+    replayed.step(torch.tensor([1, 2, 3]))
+    replayed.state.save(tmp_path / "state", fingerprint=fingerprint(model))
+    again, _, _ = RetNetState.load(tmp_path / "state", model=model)
+    assert torch.equal(again.layers[1].S, replayed.state.layers[1].S)
 
 
 def test_a_logit_is_not_written_over_by_the_next_step(model):
