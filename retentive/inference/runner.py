@@ -100,9 +100,9 @@ class DecodeRunner:
         sin: Tensor,
     ) -> Tensor:
         """The layer's y `[B,D]` of h `[B,D]`; the rest as for `_block`."""
-        K, V = S.shape[2:]
+        rows, _, K, V = S.shape
         q, k, v, gate = retention.project(h)
-        q, k, v = (y.unflatten(-1, (-1, n)) for y, n in ((q, K), (k, K), (v, V)))
+        q, k, v = q.view(rows, -1, K), k.view(rows, -1, K), v.view(rows, -1, V)
         q, k = rotate(torch.stack((q, retention.share(k)), 1).to(S.dtype), cos, sin).unbind(1)
         o = self._retain(S, gamma, q, k, retention.share(v).to(S.dtype))
         return retention.output(o.to(h.dtype), gate)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retentive.models.config import ModelConfig
-from retentive.models.layers import dropout
+from retentive.models.layers import Layer, dropout
 from retentive.models.layout import Layout
 from retentive.models.state import LayerState
 
@@ -48,7 +48,7 @@ class Join(nn.Module):
         self.dropout = dropout(config)
 
     def forward(
-        self, x: Tensor, mix: Mixer[Kept], mix_norm: nn.Module, ffn: nn.Module, ffn_norm: nn.Module
+        self, x: Tensor, mix: Mixer[Kept], mix_norm: Layer, ffn: Layer, ffn_norm: Layer
     ) -> tuple[Tensor, Kept]:
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class PreNorm(Join):
     """a X + f(Norm(X))."""
 
     def forward(
-        self, x: Tensor, mix: Mixer[Kept], mix_norm: nn.Module, ffn: nn.Module, ffn_norm: nn.Module
+        self, x: Tensor, mix: Mixer[Kept], mix_norm: Layer, ffn: Layer, ffn_norm: Layer
     ) -> tuple[Tensor, Kept]:
         y, kept = mix(mix_norm(x))
         x = self.add(x, y)
@@ -71,7 +71,7 @@ class PostNorm(Join):
     """Norm(a X + f(X))."""
 
     def forward(
-        self, x: Tensor, mix: Mixer[Kept], mix_norm: nn.Module, ffn: nn.Module, ffn_norm: nn.Module
+        self, x: Tensor, mix: Mixer[Kept], mix_norm: Layer, ffn: Layer, ffn_norm: Layer
     ) -> tuple[Tensor, Kept]:
         y, kept = mix(x)
         x = mix_norm(self.add(x, y))
@@ -82,7 +82,7 @@ class OutputNorm(Join):
     """a X + Norm(f(X))."""
 
     def forward(
-        self, x: Tensor, mix: Mixer[Kept], mix_norm: nn.Module, ffn: nn.Module, ffn_norm: nn.Module
+        self, x: Tensor, mix: Mixer[Kept], mix_norm: Layer, ffn: Layer, ffn_norm: Layer
     ) -> tuple[Tensor, Kept]:
         y, kept = mix(x)
         x = self.add(x, mix_norm(y))
@@ -93,7 +93,7 @@ class Parallel(Join):
     """a X + mixer(Norm₁(X)) + FFN(Norm₂(X))."""
 
     def forward(
-        self, x: Tensor, mix: Mixer[Kept], mix_norm: nn.Module, ffn: nn.Module, ffn_norm: nn.Module
+        self, x: Tensor, mix: Mixer[Kept], mix_norm: Layer, ffn: Layer, ffn_norm: Layer
     ) -> tuple[Tensor, Kept]:
         y, kept = mix(mix_norm(x))
         return self.add(x, y + ffn(ffn_norm(x))), kept

@@ -63,7 +63,7 @@ def around(backend: str, x: Tensor) -> type[Plain] | type[Fused]:
 
 
 def norm_parts(norm: Norm) -> tuple[str, Tensor | None, Tensor | None, float]:
-    """Kind, weight, bias and eps of a head's norm, as the kernels take them."""
+    """Kind, weight, bias and eps of a head's norm, or of what is in its place."""
     if isinstance(norm, nn.LayerNorm):
         return "layernorm", norm.weight, norm.bias, norm.eps
     if isinstance(norm, nn.RMSNorm):

@@ -17,7 +17,7 @@ from retentive.errors import InputError
 from retentive.models import layout as layouts
 from retentive.models.block import Block
 from retentive.models.config import ModelConfig
-from retentive.models.layers import Recomputing, Scaled, dropout, norm, reset_vectors
+from retentive.models.layers import Recomputing, Scaled, dropout, norm, reset_vectors, unchanged
 from retentive.models.layout import Angles, Layout, Rotation
 from retentive.models.linear import Linear
 from retentive.models.loss import cross_entropy, linear_cross_entropy
@@ -48,11 +48,11 @@ class LanguageModel(nn.Module):
         self.attention_rotation = attention_rotation
         self.embed_tokens: nn.Embedding | QuantizedEmbedding
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_scale = nn.Identity() if config.embed_scale == 1 else Scaled(config.embed_scale)
-        self.embed_norm = norm(config) if config.embed_norm else nn.Identity()
+        self.embed_scale = unchanged if config.embed_scale == 1 else Scaled(config.embed_scale)
+        self.embed_norm = norm(config) if config.embed_norm else unchanged
         self.dropout = dropout(config)
         self.layers = nn.ModuleList(blocks)
-        self.norm = norm(config) if config.final_norm else nn.Identity()
+        self.norm = norm(config) if config.final_norm else unchanged
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, config.head_bias)
@@ -244,13 +244,15 @@ class LanguageModel(nn.Module):
         if tokens.is_floating_point():
             return self.embed_norm(self.embed_scale(tokens))
         try:
-            x = self.embed_tokens(tokens).to(self.dtype)  # a quantised table gives float32
-            return self.embed_norm(self.embed_scale(x))
+            x = self.embed_tokens(tokens)
         except IndexError:
             raise InputError(
                 f"tokens run from {int(tokens.min())} to {int(tokens.max())};"
                 f" this model's are 0 to {self.config.vocab_size - 1}"
             ) from None
+        if isinstance(self.embed_tokens, QuantizedEmbedding):
+            x = x.to(self.dtype)  # from float32
+        return self.embed_norm(self.embed_scale(x))
 
     def _check_tokens(self, tokens: Tensor) -> None:
         width = self.config.hidden_size

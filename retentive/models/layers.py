@@ -28,6 +28,8 @@ from retentive.models.xpos import XPosRetention
 from retentive.ops import retention
 from retentive.ops.decay import log_decay
 
+Layer = Callable[[Tensor], Tensor]
+
 
 class Recomputing(nn.Module):
     """A part of a block that keeps little for its backward, unless the block keeps nothing."""
@@ -103,7 +105,7 @@ class MultiScaleRetention(Recomputing):
         self.log_decay = Constant(log_decay(num_heads, config.decay))
         self.rotation = rotation(config)
         self.retain = xpos_retention(config) or retention
-        self.share = Repeated(num_heads // G) if G < num_heads else nn.Identity()
+        self.share = Repeated(num_heads // G) if G < num_heads else unchanged
         self.q_proj = Linear(hidden_size, num_heads * K, config.qkv_bias)
         self.k_proj = Linear(hidden_size, G * K, config.qkv_bias)
         self.v_proj = Linear(hidden_size, G * V, config.qkv_bias)
@@ -260,6 +262,11 @@ class FeedForward(Recomputing):
                 init.xavier_normal_(projection.weight, deepnet_gain(depth), generator)
 
 
+def unchanged(x: Tensor) -> Tensor:
+    """In the place of a layer that is not there; a call of nn.Identity takes ten times as long."""
+    return x
+
+
 class Repeated(nn.Module):
     """Keys or values `[...,G,X]` of each group of heads for all of its heads: `[...,H,X]`."""
 
@@ -303,20 +310,20 @@ def xpos_retention(config: RetNetConfig) -> XPosRetention | None:
     return XPosRetention(places, config.qk_head_dim, config.xpos_base)
 
 
-def optional_norm(kind: OptionalNorm, size: int, eps: float, affine: bool = True) -> nn.Module:
+def optional_norm(kind: OptionalNorm, size: int, eps: float, affine: bool = True) -> Layer:
     """Over the last dim of `size`; in the place of "none" what leaves x as it is."""
     if kind == "none":
-        return nn.Identity()
+        return unchanged
     made = nn.LayerNorm if kind == "layernorm" else RMSNorm
     return made(size, eps=eps, elementwise_affine=affine)
 
 
-def norm(config: ModelConfig) -> nn.Module:
+def norm(config: ModelConfig) -> Layer:
     """Of the width."""
     return optional_norm(config.norm, config.hidden_size, config.norm_eps)
 
 
-def head_norm(config: RetNetConfig) -> nn.Module:
+def head_norm(config: RetNetConfig) -> Layer:
     """Over the values of each head."""
     size, eps = config.value_head_dim, config.head_norm_eps
     return optional_norm(config.head_norm, size, eps, config.head_norm_affine)
@@ -331,8 +338,8 @@ def reset_vectors(module: nn.Module) -> None:
             init.zeros_(part.bias)
 
 
-def dropout(config: ModelConfig) -> nn.Module:
-    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+def dropout(config: ModelConfig) -> Layer:
+    return nn.Dropout(config.dropout) if config.dropout else unchanged
 
 
 def deepnet_gain(depth: int) -> float:
