@@ -23,6 +23,7 @@ from retentive.models.state import RetNetState
 WARM_UP = 2  # steps before a recording: libraries set themselves up, kernels are compiled
 
 Step = Callable[[], Tensor]
+Record = Callable[[Step], Step]
 
 
 def record(step: Step) -> Step:
@@ -69,14 +70,16 @@ class GraphRunner:
     """A `Runner` whose steps are replayed. Its rows are in the model's slots while it is stepped.
 
     Runners of one model may take turns: the one that steps takes the slots, and the state of the
-    one before is kept for it.
+    one before is kept for it. So a `state` that was asked for changes with the next step, or when
+    another runner comes.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: RetNet, state: RetNetState, record: Callable[[Step], Step] = record):
+    def __init__(self, model: RetNet, state: RetNetState, record_by: Record | None = None):
         self.model, self.rows = model, state.batch_size
-        self._record = record
-        self._kept: RetNetState | None = state.clone()
+        self._record = record_by or record
+        self._kept: RetNetState | None = None  # while another has the slots
+        self._enter(state)
 
     @property
     def state(self) -> RetNetState:
@@ -86,19 +89,21 @@ class GraphRunner:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        slots = slots_of(self.model, bucket(self.rows))
-        replay = slots.recording(self.model, bucket(self.rows), self._record)
         if self._kept is not None:
-            slots.lend(self, self._kept)
+            self._enter(self._kept)
             self._kept = None
-        slots.tokens[: self.rows].copy_(tokens)
-        return replay()[: self.rows].clone()  # the next replay writes over it
+        _SLOTS[self.model].tokens[: self.rows].copy_(tokens)
+        return self._replay()[: self.rows].clone()  # the next replay writes over it
 
     @torch.inference_mode()
     def leave(self) -> None:
         """Gives the slots back, with a copy of the state that is in them."""
-        if self._kept is None:
-            self._kept = self.state.clone()
+        self._kept = self.state.clone()
+
+    def _enter(self, state: RetNetState) -> None:
+        slots = slots_of(self.model, bucket(self.rows))
+        self._replay = slots.recording(self.model, bucket(self.rows), self._record)
+        slots.lend(self, state)
 
 
 class Slots:
@@ -112,7 +117,7 @@ class Slots:
         self._recordings: dict[int, tuple[Step, DecodeRunner]] = {}  # whose constants it reads
         self._tenant: Callable[[], GraphRunner | None] = lambda: None
 
-    def recording(self, model: RetNet, size: int, record: Callable[[Step], Step]) -> Step:
+    def recording(self, model: RetNet, size: int, record: Record) -> Step:
         """The step of the first `size` slots. Recording it writes over what they hold."""
         if size not in self._recordings:
             self.vacate()

@@ -37,7 +37,7 @@ def runner(model: LanguageModel, state: RetNetState) -> Runner:
     if isinstance(model, RetNet) and not model.config.attention_layers:
         from retentive.inference.graphs import GraphRunner, suits  # they are runners, too
 
-        if suits(model):
+        if state.batch_size and suits(model):  # a session whose texts have ended has no rows
             return GraphRunner(model, state)
         return DecodeRunner(model, state.clone())
     return ModelRunner(model, state)

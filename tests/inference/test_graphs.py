@@ -86,6 +86,18 @@ def test_runners_of_one_model_take_turns(model):
     assert recorder.recordings == len({2, 4, 16}) + len({2, 4})  # the slots for 16 began anew
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0]])
+def test_goes_on_from_a_runner_of_the_same_model(model, rows):
+    """Whose state is in the slots that are filled."""
+    recorder, state = Recorder(), read(model, 3)
+    before, eager = GraphRunner(model, state, recorder), DecodeRunner(model, state.clone())
+    follows(before, eager)
+    held = before.state if len(rows) == 3 else before.state.select(rows)
+    again = GraphRunner(model, held, recorder)
+    before.step(torch.tensor([3, 2, 1]))  # does not touch it
+    follows(again, DecodeRunner(model, eager.state.select(rows)))
+
+
 def test_a_size_is_recorded_once(model):
     recorder = Recorder()
     for rows in (4, 3, 4, 2, 1, 2):
@@ -135,6 +147,14 @@ def test_slots_go_with_their_model():
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_what_a_runner_is(model, monkeypatch):
+    """On a GPU that has the kernels; nothing is recorded for no rows."""
+    monkeypatch.setattr(graphs, "suits", lambda model: True)
+    monkeypatch.setattr(graphs, "record", Recorder())
+    assert isinstance(runner(model, read(model, 2)), GraphRunner)
+    assert isinstance(runner(model, read(model, 2).select([])), DecodeRunner)
 
 
 def test_on_a_cpu_steps_are_not_recorded(model):
