@@ -6,7 +6,7 @@ only follows from the config (decays, angles) is what our config says.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -95,11 +95,9 @@ def plan(source: Source) -> Plan:
     dialect, evidence = detect(source)
     fit = _Fit(source, f"what {dialect.title} stores")
     config = _our_config(source, dialect, fit)
-    shapes = _shapes(config)
-    entries = {name: _entry(dialect, config, name, source.tensors) for name in shapes}
     pieces = {}
-    for name, shape in shapes.items():
-        weight, number = entries[name]
+    for name, shape in _shapes(config).items():
+        weight, number = _entry(dialect, config, name, source.tensors)
         rows = None if weight.rows is None else weight.rows(config, shape[0])
         theirs = weight.theirs.format(number)
         pieces[name] = Piece(theirs, rows, Stored(shape, fit.dtype(theirs)))
@@ -283,7 +281,7 @@ def _shapes(config: RetNetConfig | TransformerConfig) -> dict[str, tuple[int, ..
 
 
 def _entry(
-    dialect: Dialect, config: RetNetConfig, name: str, there: Set[str] | Mapping[str, Any]
+    dialect: Dialect, config: RetNetConfig, name: str, there: Container[str]
 ) -> tuple[Weight, int]:
     """The entry for a tensor of ours: of several the one that is there, or else the first."""
     found = _entries(dialect, config, name)

@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +17,7 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 BESIDE = ("chat_template.jinja", "generation_config.json")
 OTHERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 """Of tokenizers that are not yet a tokenizer.json."""
+PROBES = ("Two lines,\nof  words: 3.14 €", "def f(x):\n    return x", "Größe, мир, 日本語")
 
 
 def bring_tokenizer(source: Path, out: Path, ids: int) -> list[str]:
@@ -57,10 +60,26 @@ def _make_fast(out: Path) -> str | None:
         from transformers import AutoTokenizer
     except ImportError:
         return 'that takes transformers: pip install "retentive[hf]"'
+    model = next(out.glob("*.model"), None)
+    if model is not None and find_spec("sentencepiece") is None:
+        return "that takes sentencepiece: pip install sentencepiece"
     with TemporaryDirectory() as alone:  # without the model's config, which may name code
         _copy((*SETTINGS, *OTHERS), out, Path(alone))
         try:
             AutoTokenizer.from_pretrained(alone).backend_tokenizer.save(str(out / FILE))
         except Exception as error:  # of transformers, tokenizers, sentencepiece, protobuf, ...
             return (str(error).strip() or type(error).__name__).splitlines()[0]
+    if model is not None and not _agree(out, model):
+        (out / FILE).unlink()
+        return (
+            "the one that transformers makes reads texts otherwise; it may take a"
+            ' tokenizer_config.json with its class, such as {"tokenizer_class": "LlamaTokenizer"}'
+        )
     return None
+
+
+def _agree(folder: Path, model: Path) -> bool:
+    """Does the tokenizer.json in `folder` read texts as the SentencePiece model does?"""
+    pieces = import_module("sentencepiece").SentencePieceProcessor(model_file=str(model))
+    made = load_tokenizer(folder)
+    return all(pieces.encode(x) == made.encode(x, add_special_tokens=False).ids for x in PROBES)

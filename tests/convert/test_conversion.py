@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -253,10 +255,46 @@ def test_a_slow_tokenizer_becomes_a_fast_one(golden, tmp_path, capsys, monkeypat
     assert load_tokenizer(tmp_path / "out").encode("abb").tokens == ["ab", "b"]
 
     capsys.readouterr()
+    (source / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    assert main(["convert", str(source), str(tmp_path / "spm")]) == 0
+    assert "pip install sentencepiece" in capsys.readouterr().out
+    assert not (tmp_path / "spm" / "tokenizer.json").exists()
+    (source / "tokenizer.model").unlink()
+
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["convert", str(source), str(tmp_path / "plain")]) == 0
     told = capsys.readouterr().out
     assert "vocab.json, merges.txt" in told and 'pip install "retentive[hf]"' in told
+
+
+def test_a_tokenizer_that_reads_otherwise_than_sentencepiece_is_not_kept(
+    golden, tmp_path, capsys, monkeypatch
+):
+    from transformers import AutoTokenizer  # takes seconds
+
+    source = tmp_path / "source"
+    shutil.copytree(golden / "D6_fla_hybrid", source)
+    (source / "tokenizer.model").write_bytes(b"")
+
+    class Processor:
+        def __init__(self, model_file):
+            assert Path(model_file).name == "tokenizer.model"
+
+        def encode(self, text):
+            ids = byte_tokenizer().encode(text).ids
+            return ids if agrees else ids[1:]
+
+    pieces = ModuleType("sentencepiece")
+    pieces.__spec__ = ModuleSpec("sentencepiece", None)
+    monkeypatch.setattr(pieces, "SentencePieceProcessor", Processor, raising=False)
+    monkeypatch.setitem(sys.modules, "sentencepiece", pieces)
+    made = SimpleNamespace(backend_tokenizer=byte_tokenizer())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder: made)
+    for agrees in (True, False):
+        assert main(["convert", str(source), str(tmp_path / f"{agrees}")]) == 0
+        assert ("reads texts otherwise" in capsys.readouterr().out) != agrees
+        assert (tmp_path / f"{agrees}" / "tokenizer.json").exists() == agrees
 
 
 def test_a_file_is_written_as_the_library_writes_it(tmp_path):
