@@ -75,7 +75,9 @@ def by_length(result: Result, stem: Path | None, title: str) -> None:
     rows = [row for row in result.rows if row.error is None and "tokens" in row.case]
     what = [panel for panel in PANELS if panel[0] != "latency"]
     dims = list(dict.fromkeys(row.case.get("key_dim") for row in rows))
-    for K in dims if stem is not None else []:
+    if stem is None:
+        return
+    for K in dims:
         these = [row for row in rows if row.case.get("key_dim") == K]
         if len(dims) == 1:
             panels(these, "tokens", title, stem, what)

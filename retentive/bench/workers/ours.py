@@ -1,5 +1,6 @@
 """Our models and our op, in a process of their own."""
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Self, cast
@@ -26,6 +27,7 @@ from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 from retentive.models.transformer import Transformer
+from retentive.ops.triton import available
 
 ROOM = 4096  # tokens that may be decoded behind a filled cache
 
@@ -237,5 +239,11 @@ def prepare(case: Case, tell: Tell) -> tuple[Answer, Run]:
     return tasks.prepare(ours, case)
 
 
+def allow_any_ptxas() -> None:
+    """Where the benchmark of a GPU asks for it: that the results are right is what it tests."""
+    if os.environ.get("RETENTIVE_BENCH_ANY_PTXAS") == "1":
+        available.SOUND_PTXAS = (0, 0)
+
+
 if __name__ == "__main__":
-    serve(lambda: None, prepare)
+    serve(allow_any_ptxas, prepare)

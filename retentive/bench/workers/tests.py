@@ -1,0 +1,11 @@
+"""pytest, with our kernels on any ptxas: whether an old one gets them wrong is what tests tell."""
+
+import sys
+
+from retentive.bench.workers.ours import allow_any_ptxas
+
+if __name__ == "__main__":
+    import pytest
+
+    allow_any_ptxas()
+    raise SystemExit(pytest.main(sys.argv[1:]))
