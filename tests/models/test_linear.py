@@ -97,3 +97,22 @@ def test_only_what_the_backward_needs_is_kept(trained):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
         layer(x.requires_grad_(trained == "x"))
     assert kept == [layer.weight.shape if trained == "x" else x.flatten(0, 1).shape]
+
+
+@pytest.mark.parametrize("rows", [2, MANY_ROWS, 300])
+@pytest.mark.parametrize("only_bias", [False, True])
+def test_a_bias_is_added_and_trained(rows, only_bias):
+    torch.manual_seed(0)
+    layer = Linear(48, 80, bias=True)
+    torch.nn.init.normal_(layer.bias)
+    layer.weight.requires_grad_(not only_bias)
+    x, dy = torch.randn(rows, 48, requires_grad=not only_bias), torch.randn(rows, 80)
+    trained = [t for t in (x, layer.weight, layer.bias) if t.requires_grad]
+    found = (layer(x), *torch.autograd.grad(layer(x), trained, dy))
+    exact = {
+        t: t.detach().double().requires_grad_(t.requires_grad) for t in (x, *layer.parameters())
+    }
+    y = F.linear(*exact.values())
+    wanted = (y, *torch.autograd.grad(y, [exact[t] for t in trained], dy.double()))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
