@@ -6,9 +6,9 @@ first launch for a (K, V, chunk size, dtype) times them and keeps the fastest; t
 is no part of that key.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -109,13 +109,27 @@ DIMS = ((64, 128), (128, 256), (256, 512))
 """(K, V) of the models of 1.3B to 6.7B parameters; there is no harder one."""
 
 
-def specializations() -> Iterator[tuple[str, int, int, torch.dtype, str]]:
-    """Names, K, V, dtypes and precisions that the kernels are compiled for to be checked."""
-    for K, V in (*DIMS, (16, 32), (80, 160)):
-        yield f"bf16 K{K} V{V}", K, V, torch.bfloat16, "ieee"
-    yield "fp16 K64 V128", 64, 128, torch.float16, "ieee"
-    yield "tf32 K256 V512", 256, 512, torch.float32, "tf32"
-    yield "fp32 K256 V512", 256, 512, torch.float32, "ieee"
+class Specialization(NamedTuple):
+    """What kernels are compiled for to be checked, and with how many of their configurations."""
+
+    K: int
+    V: int
+    dtype: torch.dtype
+    precision: str = "ieee"
+    configurations: int | None = None  # None is all
+
+    def __str__(self) -> str:
+        kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[self.dtype]
+        return f"{'tf32' if self.precision == 'tf32' else kind} K{self.K} V{self.V}"
+
+
+SPECIALIZATIONS = (
+    *(Specialization(K, V, torch.bfloat16) for K, V in DIMS),
+    *(Specialization(K, V, torch.bfloat16, configurations=1) for K, V in ((16, 32), (80, 160))),
+    Specialization(64, 128, torch.float16, configurations=1),  # as bfloat16
+    Specialization(256, 512, torch.float32, "tf32"),
+    Specialization(256, 512, torch.float32),
+)
 
 
 def describe(config: triton.Config) -> str:

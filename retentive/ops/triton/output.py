@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retentive.ops.triton.cases import OPTIONS, SHARED_MEMORY, Case
-from retentive.ops.triton.configs import describe, output_configs, pointer, specializations, tuned
+from retentive.ops.triton.configs import SPECIALIZATIONS, describe, output_configs, pointer, tuned
 from retentive.ops.triton.spans import Spans
 from retentive.ops.triton.tiles import decay, load_state, load_tile, log2_decay, span
 
@@ -173,7 +173,8 @@ def read_chunks(
 
 
 def cases(capability: int) -> Iterator[Case]:
-    for name, K, V, dtype, precision in specializations():
+    for special in SPECIALIZATIONS:
+        K, V, dtype, precision, number = special
         types = {
             **dict.fromkeys(("a", "b", "c", "states", "out"), pointer(dtype)),
             **dict.fromkeys(("length", "chunk_size", "heads"), "i32"),
@@ -188,14 +189,14 @@ def cases(capability: int) -> Iterator[Case]:
         ):
             configs = output_configs(X, Y, dtype, precision, SHARED_MEMORY[capability])
             constants = {"X": X, "Y": Y, "REVERSE": reverse, "TRANSPOSED": transposed}
-            for n, config in enumerate(configs):
+            for n, config in enumerate(configs[:number]):
                 yield Case(
-                    f"{use} {name} {describe(config)}",
+                    f"{use} {special} {describe(config)}",
                     _read,
                     {**types, "table": "*i32"} if use == "o" else types,
                     {**constants, "PRECISION": precision, **config.kwargs},
                     config.num_warps,
                     config.num_stages,
                     tensor_cores=dtype != torch.float32,
-                    quick=n == 0 and use in ("o", "dk") and name.startswith("bf16 K64"),
+                    quick=n == 0 and use in ("o", "dk") and str(special).startswith("bf16 K64"),
                 )

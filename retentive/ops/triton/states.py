@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retentive.ops.triton.cases import OPTIONS, SHARED_MEMORY, Case
-from retentive.ops.triton.configs import describe, pointer, specializations, state_configs, tuned
+from retentive.ops.triton.configs import SPECIALIZATIONS, describe, pointer, state_configs, tuned
 from retentive.ops.triton.spans import Spans
 from retentive.ops.triton.tiles import (
     decay,
@@ -189,7 +189,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def cases(capability: int) -> Iterator[Case]:
-    for name, K, V, dtype, precision in specializations():
+    for special in SPECIALIZATIONS:
+        K, V, dtype, precision, number = special
         types = {
             **dict.fromkeys(("x", "y", "states"), pointer(dtype)),
             **dict.fromkeys(("log_decay", "initial", "final"), "*fp32"),
@@ -198,7 +199,7 @@ def cases(capability: int) -> Iterator[Case]:
         }
         whole, apart = types, {**types, "initial": None, "states": None}
         configs = state_configs(K, V, dtype, precision, SHARED_MEMORY[capability])
-        for n, config in enumerate(configs):
+        for n, config in enumerate(configs[:number]):
             blocks = config.kwargs
             for use, kinds, chunks, reverse in (
                 ("states", {**whole, "table": "*i32"}, False, False),
@@ -207,14 +208,14 @@ def cases(capability: int) -> Iterator[Case]:
             ):
                 constants = {"K": K, "V": V, "CHUNKS": chunks, "REVERSE": reverse}
                 yield Case(
-                    f"{use} {name} {describe(config)}",
+                    f"{use} {special} {describe(config)}",
                     _carry,
                     kinds,
                     {**constants, "PRECISION": precision, **blocks},
                     config.num_warps,
                     config.num_stages,
                     tensor_cores=dtype != torch.float32 and blocks["BLOCK_K"] >= 64,
-                    quick=n == 0 and use == "dstates" and name.startswith("bf16 K64"),
+                    quick=n == 0 and use == "dstates" and str(special).startswith("bf16 K64"),
                 )
     types = {
         **dict.fromkeys(("local", "log_decay", "initial", "final"), "*fp32"),
