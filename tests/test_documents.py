@@ -50,7 +50,7 @@ def test_python_blocks_run(document, demo_folder, capsys):
 
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_command_lines_name_commands_and_options_that_exist(words, capsys):
-    command = words[: 2 if words[0] == "bench" else 1]
+    command = words[: 2 if words[0] in ("bench", "eval") else 1]
     assert words[0] in COMMANDS
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
