@@ -3,6 +3,7 @@
 `killed.py WORK TEXTS`: one run after the other is killed at the first, second, third, ... file
 operation that it makes once its first model is there, in a fork each, until one comes through
 alive. Prints the number of runs killed; fails if one of them does not resume to the same weights.
+`killed.py WORK TEXTS BASE`: state tuning of the model in BASE, killed at every seventh operation.
 """
 
 import os
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import retentive
+from retentive.adapters.loading import load_adapted
 from retentive.train import loop
 from retentive.train.config import RunConfig
 
@@ -22,14 +24,14 @@ from retentive.train.config import RunConfig
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
-def kill_at(operation: int, folder: Path) -> None:
-    """The `operation`-th access to `folder` from its first model on will be the process's last."""
+def kill_at(operation: int, folder: Path, file: str) -> None:
+    """The `operation`-th access to `folder` from its first `file` on will be the process's last."""
     left = operation
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
         if event in OPERATIONS and str(folder) in str(arguments[0]):
-            if (folder / "model.safetensors").exists():
+            if (folder / file).exists():
                 left -= 1
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -37,24 +39,30 @@ def kill_at(operation: int, folder: Path) -> None:
     sys.addaudithook(hook)
 
 
+def weights_file(config: RunConfig) -> str:
+    return next(name for name in loop.LEAVES[config.adapter.kind] if name.endswith("tensors"))
+
+
 def run_killed(config: RunConfig, folder: Path, operation: int) -> bool:
     """Whether a run in a fork of this process was killed before its end."""
     child = os.fork()
     if child == 0:
-        kill_at(operation, folder)
+        kill_at(operation, folder, weights_file(config))
         loop.train(config, folder, quiet=True)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
 
 
-def main(work: Path, texts: str) -> None:
+def main(work: Path, texts: str, base: str | None = None) -> None:
     torch.set_num_threads(1)
     loop.measure_gemm_rate = lambda device, dtype: 1e9  # pyright: ignore
     loop.plot_curve = lambda records, path: None  # pyright: ignore
+    model = {"hidden_size": 8, "num_hidden_layers": 1, "num_heads": 2, "dropout": 0.1}
     config = RunConfig.from_table(
         {
-            "model": {"hidden_size": 8, "num_hidden_layers": 1, "num_heads": 2, "dropout": 0.1},
+            "model": model if base is None else {"base": base},
+            "adapter": {} if base is None else {"kind": "state"},
             "data": {"sources": [texts], "tokenizer": "bytes", "valid_fraction": 0.0},
             "train": {
                 "steps": 2,
@@ -69,18 +77,20 @@ def main(work: Path, texts: str) -> None:
         }
     )
     loop.train(config, work / "whole", quiet=True)
-    whole = load_file(work / "whole" / "model.safetensors")
-    operation = 1
-    while run_killed(config, work / f"{operation}", operation):
-        folder = work / f"{operation}"
-        retentive.load(folder)  # a model folder at every moment
+    file = weights_file(config)
+    whole = load_file(work / "whole" / file)
+    killed, every = 0, 1 if base is None else 7
+    while run_killed(config, work / f"{killed}", 1 + every * killed):
+        folder = work / f"{killed}"
+        # A model folder, or an adapter's, at every moment.
+        retentive.load(folder) if base is None else load_adapted(base, folder)
         loop.train(config, folder, resume=True, quiet=True)
-        resumed = load_file(folder / "model.safetensors")
-        assert all(torch.equal(resumed[name], whole[name]) for name in whole), operation
-        assert not list(folder.glob("checkpoints/.*")), operation
-        operation += 1
-    print(operation - 1)
+        resumed = load_file(folder / file)
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole), killed
+        assert not list(folder.glob("checkpoints/.*")), killed
+        killed += 1
+    print(killed)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])
