@@ -118,6 +118,7 @@ def run(stages: Sequence[Stage], scratch: Path, options: argparse.Namespace) -> 
     ran = [Ran(stage.name, stage.title) for stage in stages]
     environment = prepared(scratch, options.peers)
     deadline = time.monotonic() + options.budget
+    writing = None
     for number, (stage, one) in enumerate(zip(stages, ran, strict=True)):
         later = sum(other.share for other in stages[number:])
         one.limit = (deadline - time.monotonic()) * stage.share / later
@@ -126,7 +127,11 @@ def run(stages: Sequence[Stage], scratch: Path, options: argparse.Namespace) -> 
         one.state = run_stage(stage.name, scratch, one.limit, environment, options.smoke)
         one.seconds = time.monotonic() - began
         print(f"{stage.name}: {one.state.splitlines()[0]}, {one.seconds:.0f} s", flush=True)
-        write_report(ran, scratch, options, environment)
+        if writing is not None:
+            writing.wait()
+        writing = write_report(ran, scratch, options, environment)
+    if writing is not None:
+        writing.wait()
     return ran
 
 
@@ -178,8 +183,8 @@ def run_stage(
 
 def write_report(
     ran: Sequence[Ran], scratch: Path, options: argparse.Namespace, environment: dict[str, str]
-) -> None:
-    """In a process of its own, so that a report that fails stops nothing."""
+) -> "subprocess.Popen[bytes]":
+    """In a process of its own, beside the next stage: to import torch takes it seconds."""
     told = {
         "stages": [asdict(one) for one in ran],
         "missing": missing(options.peers),
@@ -188,7 +193,7 @@ def write_report(
     }
     (scratch / "ran.json").write_text(json.dumps(told))
     command = [sys.executable, "-m", "retentive.bench.gpu_report", str(scratch), str(options.out)]
-    subprocess.run(command, env=environment, check=False)
+    return subprocess.Popen(command, env=environment)
 
 
 if __name__ == "__main__":

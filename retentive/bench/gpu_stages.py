@@ -132,7 +132,7 @@ def _decode(size: str, out: Path, smoke: bool) -> None:
 
     if smoke:
         names = "retnet,transformer,transformer-gqa8"
-        toy = {"model": ("38m",), "batches": (1,), "contexts": (64,), "tokens": 0}
+        toy = {"model": ("demo",), "batches": (1,), "contexts": (64,), "tokens": 0}
         measured(DecodeBenchmark(device="cpu", rounds=1, contenders=names, out=out, **toy))
     else:
         measured(DecodeBenchmark(device="cuda", rounds=3, model=(size,), out=out))

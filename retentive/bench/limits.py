@@ -2,16 +2,21 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import torch
+from torch import Tensor
 
+from retentive.bench.workers.tasks import Marks
 from retentive.models.linear import product
 from retentive.train.metrics import measure_gemm_rate
 
 STREAM_BYTES = {"cpu": 2**28, "cuda": 2**31}
 """Beyond any cache, and on a GPU long enough that a launch counts for nothing beside it."""
+GPU_SIDE = 8192  # of a matrix: 1.4 ms in bfloat16 on an H100
 
 
 @dataclass
@@ -30,11 +35,23 @@ class Limits:
     linear_rates: list[float] = field(default_factory=list)
 
     def sample(self) -> None:
+        if self.device.type == "cuda":
+            return self._sample_gpu()
         for rates, multiply in ((self.gemm_rates, torch.matmul), (self.linear_rates, product)):
             rates.append(measure_gemm_rate(self.device, self.dtype, multiply, seconds=0.1))
         self.stream_rates.append(measure_stream_rate(self.device))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the contenders' memory
+
+    def _sample_gpu(self) -> None:
+        """By events around several at once, of which one takes a millisecond or less."""
+        a, b = torch.randn(2, GPU_SIDE, GPU_SIDE, device=self.device).to(self.dtype)
+        for rates, multiply in ((self.gemm_rates, torch.matmul), (self.linear_rates, product)):
+            seconds = _fastest_on_gpu(partial(multiply, a, b))
+            rates.append(2 * GPU_SIDE**3 / seconds)
+        del a, b
+        x = torch.ones(STREAM_BYTES["cuda"] // 4, device=self.device)
+        self.stream_rates.append(x.nbytes / min(map(_fastest_on_gpu, ways_to_read(x))))
+        del x
+        torch.cuda.empty_cache()  # the contenders' memory
 
     @property
     def gemm(self) -> float:
@@ -47,18 +64,10 @@ class Limits:
 
 def measure_stream_rate(device: torch.device, seconds: float = 0.2) -> float:
     """Bytes/s of the best of several ways to read a large buffer once, on all threads."""
-    size = STREAM_BYTES.get(device.type, STREAM_BYTES["cpu"])
+    size = STREAM_BYTES["cpu"]
     x = torch.ones(size // 4, device=device)
-    rows = x.view(-1, 4096)
-    ways = (
-        lambda: x.sum(),
-        lambda: x.max(),
-        lambda: torch.dot(x, x),  # reads it twice, but the second time from the cache
-        lambda: rows @ rows[0],
-        lambda: rows.sum(1).amax(),
-    )
     best, began = float("inf"), time.perf_counter()
-    for way in itertools.cycle(ways):
+    for way in itertools.cycle(ways_to_read(x)):
         start = time.perf_counter()
         way().flatten()[0].item()  # reading an element waits for the device
         end = time.perf_counter()
@@ -66,6 +75,30 @@ def measure_stream_rate(device: torch.device, seconds: float = 0.2) -> float:
         if end - began > seconds:
             return size / best
     raise AssertionError
+
+
+def ways_to_read(x: Tensor) -> list[Callable[[], Tensor]]:
+    """Several, since not each is as fast as memory everywhere."""
+    rows = x.view(-1, 4096)
+    return [
+        lambda: x.sum(),
+        lambda: x.max(),
+        lambda: torch.dot(x, x),  # reads it twice, but the second time from the cache
+        lambda: rows @ rows[0],
+        lambda: rows.sum(1).amax(),
+    ]
+
+
+def _fastest_on_gpu(run: Callable[[], object], times: int = 3, together: int = 5) -> float:
+    """Seconds of a run, the best of `times` means over `together` of them."""
+    run()
+    marks = Marks("cuda")
+    marks.mark()
+    for _ in range(times):
+        for _ in range(together):
+            run()
+        marks.mark()
+    return min(marks.seconds()) / together
 
 
 def available_bytes(device: torch.device) -> int | None:

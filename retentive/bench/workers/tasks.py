@@ -183,8 +183,11 @@ def op_run(forward: Callable[[], Tensor], leaves: list[Tensor], device: str) -> 
         marks.mark()
         return marks.seconds()
 
-    def run(times: int = 1) -> Answer:
-        parts = [once() for _ in range(times)]
+    def run(times: int = 1, seconds: float = float("inf")) -> Answer:
+        """Once, and again for as long as `seconds`, `times` at most."""
+        parts = [once()]
+        while len(parts) < times and sum(map(sum, parts)) < seconds:
+            parts.append(once())
         return {"seconds": [sum(part) for part in parts], "forward": [part[0] for part in parts]}
 
     run()
