@@ -65,7 +65,7 @@ def retention(
         _check_cu_seqlens(cu_seqlens, q)
     if state is not None:
         _check_state(state, q, v, cu_seqlens)
-    form = _choose_form(form, chunk_size, q, k, v, state)
+    form = _choose_form(form, backend, chunk_size, q, k, v, state)
     run = backends.choose(backend, form, q, v, chunk_size)
     with _without_autocast(q.device):
         rates = log_decay.to(state_dtype(q))
@@ -188,7 +188,13 @@ def _check_state(state: Tensor, q: Tensor, v: Tensor, cu_seqlens: Tensor | None)
 
 
 def _choose_form(
-    form: str, chunk_size: int | None, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None
+    form: str,
+    backend: str,
+    chunk_size: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
 ) -> str:
     if form != "auto" and form not in FORMS:
         raise InputError(
@@ -207,4 +213,6 @@ def _choose_form(
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, state)
     )
-    return "recurrent" if q.shape[1] == 1 and not needs_grad else "chunkwise"
+    if q.shape[1] == 1 and not needs_grad and backends.has_recurrent_form(backend):
+        return "recurrent"
+    return "chunkwise"

@@ -33,6 +33,8 @@ class Backend:
     refusal: Refusal = lambda form, q, v, chunk_size: None
     auto_on: str | None = None
     """The kind of device where "auto" may take it; None is any."""
+    recurrent: bool = True
+    """Whether it has the recurrent form."""
 
 
 def _torch(
@@ -92,11 +94,20 @@ def _reference(
 
 BACKENDS = {
     "triton": Backend(
-        "kernels for NVIDIA GPUs, chunkwise form", _triton, available.refusal, auto_on="cuda"
+        "kernels for NVIDIA GPUs, chunkwise form",
+        _triton,
+        available.refusal,
+        auto_on="cuda",
+        recurrent=False,
     ),
     "torch": Backend("explicit forward and backward in plain torch, any device", _torch),
     "reference": Backend("the paper in a page, slow and plain, any device", _reference),
 }
+
+
+def has_recurrent_form(name: str) -> bool:
+    """Whether the backend of this name has it; "auto" finds one that has."""
+    return name not in BACKENDS or BACKENDS[name].recurrent
 
 
 def choose(name: str, form: str, q: Tensor, v: Tensor, chunk_size: int | None) -> Run:

@@ -59,6 +59,15 @@ def test_forward_and_backward(build, name, tokens):
         assert error(result, reference.detach()) < WITHIN
 
 
+@torch.no_grad()
+def test_token_by_token_by_its_own_calls(build, tokens):
+    model, state = build("plain", torch.float32, "triton"), None
+    for token in tokens[:, :4].split(1, dim=1):
+        logits, state = model(token, state)
+    exact, _ = build("plain", torch.float64, "torch")(tokens[:, :4])
+    assert error(logits[:, -1], exact[:, -1]) < WITHIN
+
+
 def test_in_bfloat16_by_autocast(build, tokens):
     """The dtypes that meet in a layer: bfloat16 projections, float32 tables and weights."""
     model = build("affine", torch.float32, "triton")
