@@ -299,3 +299,16 @@ def test_a_tokenizer_too_large_for_the_base(tune: Tune, base: Path, tmp_path: Pa
     config = tune("none", model={"base": str(tmp_path / "small")})
     with pytest.raises(InputError, match=r"the tokenizer has 257 entries, the model in .* 200"):
         train(config, tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("kind", ["lora", "state"])
+def test_every_dtype(tune: Tune, kind: str):
+    """bfloat16 is the products' only: what is trained is float32, as are states."""
+    corpus, losses = prepare(tune(kind).data), {}
+    for dtype in ("float64", "float32", "bfloat16"):
+        trainer = Trainer(tune(kind, train={"dtype": dtype}), corpus)
+        exact = torch.float64 if dtype == "float64" else torch.float32
+        assert {p.dtype for p in trainer.model.parameters()} == {exact}
+        losses[dtype] = trainer.update()["loss"]
+    assert losses["float32"] == pytest.approx(losses["float64"], rel=1e-5)
+    assert losses["bfloat16"] == pytest.approx(losses["float64"], rel=0.02)
