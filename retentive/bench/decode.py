@@ -34,7 +34,7 @@ BLOCK_ROUNDS = 24
 MOST_STEPS = 32  # in a round
 LARGEST = 0  # stands for the largest batch that fits
 MOST_ROWS = 1024
-SPARE = 0.92  # of the free memory; the rest is for what is not counted
+SPARE = 0.9  # of the free memory; the rest is for what is not counted
 
 Models = tuple[str, ...]
 if not TYPE_CHECKING and find_spec("tyro"):  # without it there is no command line, and no need

@@ -199,6 +199,8 @@ def test_a_recorded_step_is_the_step_behind_its_context(name):
         first, again = recorded(tokens), recorded(tokens)
         assert torch.equal(first, again) and torch.equal(first, decoder(tokens))
     assert decoder.sdpa_kernel.endswith(("attention", "math"))
+    case = {**case, "tokens": 16}
+    assert ours.training_kernel(made.model, case).endswith(("attention", "math"))
 
 
 # All of it

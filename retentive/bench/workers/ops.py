@@ -61,17 +61,17 @@ def prepare_step(case: Case) -> tuple[Answer, Run]:
         q, k, v = (x.detach() for x in op_inputs({**case, "tokens": 1}, "tokens first"))
     sizes = (case["batch"], case["heads"], case["key_dim"], case["value_dim"])
     state = torch.randn(sizes, device=case["device"])
-    rates = log_decay(case["heads"]).to(case["device"])
+    rates = log_decay(case["heads"]).float().to(case["device"])
     facts = {"version": __version__, "form": "step, in place", "dtype": case["dtype"]}
     if case["backend"] == "torch":
 
         def step() -> object:
-            return retention_step(q, k, v, rates.float(), state, inplace=True)
+            return retention_step(q, k, v, rates, state, inplace=True)
 
         return facts, step_run(step, case["device"])
     from retentive.ops.triton.decode import decode_step
 
-    gate, gamma = torch.randn_like(v.flatten(2)), rates.exp().float().unsqueeze(-1)
+    gate, gamma = torch.randn_like(v.flatten(2)), rates.exp().unsqueeze(-1)
     angles = torch.randn(case["batch"], 1, 1, case["key_dim"], device=case["device"])
     cos, sin = angles.cos(), angles.sin()
     ends = (None, None, None, "rmsnorm", "swish", 1e-6)
@@ -109,6 +109,7 @@ def _told(case: Case, q: Tensor, k: Tensor, *, causal: bool) -> str:
 
 
 def sdpa_kernel_of(q: Tensor, k: Tensor, *, causal: bool) -> str:
-    """flash_attention, cudnn_attention, efficient_attention or math."""
-    choice = torch.ops.aten._fused_sdp_choice(q, k, k, is_causal=causal)
+    """flash_attention, cudnn_attention, efficient_attention or math, for such tensors."""
+    shared = q.shape[1] != k.shape[1]
+    choice = torch.ops.aten._fused_sdp_choice(q, k, k, is_causal=causal, enable_gqa=shared)
     return SDPBackend(choice).name.lower()

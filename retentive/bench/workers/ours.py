@@ -48,6 +48,9 @@ class Ours:
             "parameters": sum(parameters(config).values()),
             "weight_bytes": read_bytes(self.model),
         }
+        on_gpu = self.model.device.type == "cuda"
+        if on_gpu and case["task"] == "train" and isinstance(self.model, Transformer):
+            self.facts["form"] += f": {training_kernel(self.model, case)}"
         if config.quantization is not None:
             self.facts["form"] += f", {config.quantization.bits} bit"
         if self.runs and case["device"] == "cpu":
@@ -213,6 +216,16 @@ def model_of(case: Case) -> LanguageModel:
     with torch.device(device):
         model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
         return model.to(resolve_dtype(dtype)).eval()
+
+
+def training_kernel(model: Transformer, case: Case) -> str:
+    """What SDPA takes in a training step, under autocast where that is asked for."""
+    config, dtype = model.config, resolve_dtype(case["dtype"])
+    q, k = (
+        torch.empty(1, heads, case["tokens"], config.head_dim, dtype=dtype, device=model.device)
+        for heads in (config.num_heads, config.kv_heads)
+    )
+    return sdpa_kernel_of(q.requires_grad_(), k.requires_grad_(), causal=True)
 
 
 def read_bytes(model: LanguageModel) -> int:

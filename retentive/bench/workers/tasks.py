@@ -12,9 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from retentive.bench.workers.serving import Answer, Case, Run, forget_peak
-
-FLUSH_BYTES = 2**30  # 0.3 ms of an H100
+from retentive.bench.workers.serving import Answer, Case, Run, flush_buffer, forget_peak
 
 Step = Callable[[Tensor], Tensor]
 """Reads a token of each row `[B]`, goes on to the logits of the next, `[B,vocab]`."""
@@ -88,7 +86,7 @@ def empty_caches(device: str) -> None:
     one behind the other.
     """
     if device.startswith("cuda"):
-        torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
+        flush_buffer(device).zero_()
 
 
 def random_tokens(case: Case, *shape: int) -> Tensor:
