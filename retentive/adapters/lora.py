@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from retentive.adapters.base import check_base
 from retentive.errors import InputError, nearest
+from retentive.models.checkpoint import empty_model
+from retentive.models.config import ModelConfig
 from retentive.models.files import fingerprint, read_tensors, write_tensors, write_text
 from retentive.models.language_model import LanguageModel
 
@@ -41,7 +43,7 @@ class Lora:
         dropout: float,
         targets: Sequence[str] = (),
     ):
-        """`source`: the model's folder. InputError for a target it has not, and without PEFT."""
+        """`source`: the model's folder. InputError as `check_targets`."""
         peft = _peft()
         self.model, self.base, self.source = model, fingerprint(model), source
         self.config = peft.LoraConfig(
@@ -66,6 +68,12 @@ class Lora:
         if base is not None:
             check_base(folder, base, self.base)
         _fill(self.model, folder, tensors)
+
+
+def check_targets(config: ModelConfig, targets: Sequence[str]) -> None:
+    """InputError for a target that such a model has not, and without PEFT."""
+    _peft()
+    _targets(empty_model(config), targets)
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], str | None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retentive.adapters.initial_state import InitialState
-from retentive.adapters.lora import Lora
+from retentive.adapters.lora import Lora, check_targets
 from retentive.data.dataset import Corpus, prepare
 from retentive.data.tokenizer import save_tokenizer
 from retentive.devices import resolve_device
@@ -72,6 +72,8 @@ def train(
     all that the model and the data refuse.
     """
     compute_dtype(config.train.dtype, resolve_device(config.train.device))  # refused at once
+    if config.adapter.kind == "lora":
+        check_targets(config.model.build(vocab_size=1), config.adapter.targets)
     leaves = LEAVES[config.adapter.kind]
     run_folder = RunFolder.open(Path(folder), resume=resume, model_files=leaves)
     corpus = prepare(config.data, progress=None if quiet else _tell)

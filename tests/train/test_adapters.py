@@ -264,10 +264,18 @@ def test_an_adapter_needs_a_base(table: dict[str, Any]):
         RunConfig.from_table(table | {"adapter": {"kind": "lora"}})
 
 
+@pytest.fixture
+def no_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused before the corpus is read."""
+    monkeypatch.setattr("retentive.train.loop.prepare", None)
+
+
+@pytest.mark.usefixtures("no_corpus")
 def test_a_target_that_the_model_has_not(tune: Tune, tmp_path: Path):
     config = tune("lora", adapter={"targets": ["q_prj"]})
     with pytest.raises(InputError, match=r"'q_prj' \(did you mean 'q_proj'\?\); this model has do"):
         train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_the_targets_are_trained(tune: Tune, tmp_path: Path):
@@ -279,6 +287,7 @@ def test_only_the_targets_are_trained(tune: Tune, tmp_path: Path):
     assert fields["target_modules"] == ["lm_head", "q_proj"]
 
 
+@pytest.mark.usefixtures("no_corpus")
 def test_without_peft(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r'LoRA takes PEFT: pip install "retentive\[hf\]"'):
