@@ -165,6 +165,12 @@ def test_without_peft(base: Path, lora: Path, state: Path, monkeypatch) -> None:
     assert load_adapted(base, state)
 
 
+def test_a_tuned_state_is_not_saved_as_weights(tuned: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no part of a model folder"):
+        save_model(tuned, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_folder_says_of_its_model(base: Path, lora: Path, state: Path) -> None:
     for file in (lora / "adapter_model.safetensors", state / "initial_state.safetensors"):
         with safe_open(file, "pt") as opened:
