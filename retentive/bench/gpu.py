@@ -189,7 +189,6 @@ def write_report(
         "stages": [asdict(one) for one in ran],
         "missing": missing(options.peers),
         "smoke": options.smoke,
-        "ptxas": environment.get("TRITON_PTXAS_PATH"),
     }
     (scratch / "ran.json").write_text(json.dumps(told))
     command = [sys.executable, "-m", "retentive.bench.gpu_report", str(scratch), str(options.out)]

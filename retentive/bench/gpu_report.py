@@ -62,7 +62,7 @@ def outcomes(folder: Path) -> dict[str, str]:
 def markdown(told: dict[str, Any], tests: dict[str, str], results: dict[str, Result]) -> str:
     parts = ["# Measured on a GPU" if not told["smoke"] else "# Toy sizes on a CPU: no measurement"]
     if results:
-        parts.append(_machine(next(iter(results.values())), told["ptxas"]))
+        parts.append(_machine(next(iter(results.values()))))
     parts += [f"- {line}" for line in told["missing"]]
     parts.append(_stages(told["stages"]))
     if tests:
@@ -75,12 +75,11 @@ def markdown(told: dict[str, Any], tests: dict[str, str], results: dict[str, Res
     return "\n\n".join(parts) + "\n"
 
 
-def _machine(result: Result, ptxas: str | None) -> str:
+def _machine(result: Result) -> str:
     machine = result.machine
-    names = ("torch", "cuda", "triton", "python", "retentive", "system")
+    names = ("torch", "cuda", "triton", "ptxas", "python", "retentive", "system")
     versions = ", ".join(f"{name} {machine[name]}" for name in names if machine.get(name))
-    assembler = "; ptxas from --peers" if ptxas else ""
-    return f"{machine['gpu'] or machine['processor']}; {versions}{assembler}"
+    return f"{machine['gpu'] or machine['processor']}; {versions}"
 
 
 def _stages(stages: Sequence[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -146,7 +147,6 @@ def compare(old: Result, new: Result) -> list[tuple[Row, float]]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    on_gpu = {"cuda": torch.version.cuda, "triton": _installed("triton")} if gpu else {}
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -155,15 +155,19 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "retentive": __version__,
-        **on_gpu,
+        **(on_gpu(*torch.cuda.get_device_capability(device)) if gpu else {}),
     }
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def on_gpu(major: int, minor: int) -> dict[str, str | None]:
+    """What kernels are made by, for a GPU of this compute capability."""
+    made_by = {"cuda": torch.version.cuda, "triton": None, "ptxas": None}
+    if find_spec("triton") is not None:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        made_by["triton"] = importlib.metadata.version("triton")
+        made_by["ptxas"] = get_ptxas(10 * major + minor).version
+    return made_by
 
 
 def _processor() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retentive.bench import gpu, gpu_report, gpu_stages, measure, processes
+from retentive.bench import gpu, gpu_report, gpu_stages, measure, processes, results
 from retentive.bench.contenders import Entry, chosen
 from retentive.bench.limits import Limits
 from retentive.bench.measure import measure_case
@@ -110,7 +110,7 @@ def saved(folder: Path, stage: str, *rows: Row) -> None:
 def report(folder: Path, *names: str) -> tuple[dict, str]:
     ran = [{"name": n, "title": f"what {n} is", "state": "done", "seconds": 1} for n in names]
     ran[-1]["state"] = "stopped after 9 s\nlast | words"
-    told = {"stages": ran, "missing": ["missing: fla"], "smoke": False, "ptxas": None}
+    told = {"stages": ran, "missing": ["missing: fla"], "smoke": False}
     (folder / "ran.json").write_text(json.dumps(told))
     gpu_report.main(folder, folder)
     return json.loads((folder / "gpu.json").read_text()), (folder / "gpu.md").read_text()
@@ -138,6 +138,11 @@ def test_a_report_holds_what_there_is_against_what_was_asked_for(tmp_path):
     assert bars[over].startswith("not measured")
     assert "    last | words" in lines and "- attention not run: out of memory" in text
     assert sum(line.startswith("| key_dim | batch | ") for line in lines) == 2  # the op, its step
+
+
+def test_what_kernels_are_made_by_is_told():
+    made_by = results.on_gpu(9, 0)
+    assert all(made_by[name][0].isdigit() for name in ("triton", "ptxas"))
 
 
 def test_outcomes_are_those_that_were_logged(tmp_path):
