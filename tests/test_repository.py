@@ -71,7 +71,7 @@ def test_a_second_make_has_nothing_to_do(checkout: Path):
     assert set_up(checkout).returncode == 0
     torch_alone, the_rest = (checkout / "installed").read_text().splitlines()
     assert torch_alone.endswith("-c constraints.txt torch>=2.11")
-    assert the_rest.endswith("-c constraints.txt -e .[dev,export,hf]")
+    assert the_rest.endswith("-c constraints.txt -e .[dev,eval,export,hf]")
     again = set_up(checkout)
     assert again.returncode == 0
     assert "up to date" in again.stdout

@@ -85,6 +85,8 @@ class ModelConfig:
     head_bias: bool = False
 
     def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            self._resolve(one.name, _as_tuple(getattr(self, one.name)))
         for name in NESTED:
             if isinstance(fields := getattr(self, name, None), dict):
                 self._resolve(name, from_fields(name, fields))
@@ -126,7 +128,7 @@ class ModelConfig:
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Passes Hugging Face's bookkeeping over, refuses other keys."""
         known = [one.name for one in dataclasses.fields(cls)]
-        given = {key: _as_tuple(value) for key, value in fields.items() if key in known}
+        given = {key: value for key, value in fields.items() if key in known}
         for key in fields.keys() - given.keys():
             if key not in BOOKKEEPING and not key.startswith("_"):
                 raise InputError(

@@ -97,7 +97,7 @@ class KVCache:
         """A cache of `lengths`, to be filled behind this one's tokens: in our buffers or a copy."""
         k, needed, capacity = self.buffers.kv[0], max(lengths, default=0), self.buffers.capacity
         free = self.buffers.used == self.lengths and needed <= capacity
-        recorded = k.requires_grad or (torch.is_grad_enabled() and new[0].requires_grad)
+        recorded = k.requires_grad or torch.is_grad_enabled()  # a graph may hold what is in there
         frozen = k.is_inference() and not torch.is_inference_mode_enabled()
         if free and not recorded and not frozen:
             self.buffers.used = tuple(lengths)

@@ -157,6 +157,8 @@ class Layout:
 
         `initial` `[...]` is what sequences begin with that no row enters; None is zeros.
         """
+        if initial is not None:
+            initial = initial.to(self.angles.cos.dtype)
         if state is None:
             return None if initial is None else self._repeat(initial)
         if self.first is None:

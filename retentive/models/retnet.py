@@ -41,10 +41,10 @@ class RetNetBlock(Block):
             part.init_weights(config.initialization, config.num_hidden_layers, generator)
 
     def empty_state(self, batch: int, capacity: int | None, like: Tensor) -> RetentionState:
-        if (tuned := self.retention.initial_state) is not None:
-            return RetentionState(tuned.repeat(batch, 1, 1, 1))
-        _, *sizes = self.state_signature
         exact = torch.promote_types(like.dtype, torch.float32)
+        if (tuned := self.retention.initial_state) is not None:
+            return RetentionState(tuned.to(exact).repeat(batch, 1, 1, 1))
+        _, *sizes = self.state_signature
         return RetentionState(torch.zeros(batch, *sizes, dtype=exact, device=like.device))
 
     @property

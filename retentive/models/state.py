@@ -122,7 +122,7 @@ class RetNetState:
         return type(self)(self.positions.index_select(0, index), layers)
 
     def reset(self, rows: Tensor) -> Self:
-        """Rows where `rows` (bool `[B]`) is True start afresh: position 0, nothing read."""
+        """Rows where `rows` (bool `[B]`) is True have read nothing: position 0, states of zeros."""
         rows = rows.to(self.positions.device)
         layers = [layer.reset(rows) for layer in self.layers]
         return type(self)(self.positions.masked_fill(rows, 0), layers)

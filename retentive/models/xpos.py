@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from retentive.models.layout import Constant
 from retentive.ops import retention
 
-SEGMENT = 2048  # tokens after which n and m are counted anew: at base 512 keys grow 150-fold
+BASES = 4  # so many bases of tokens until n and m are counted anew: keys grow 150-fold
 
 
 class XPosRetention(nn.Module):
@@ -32,6 +32,7 @@ class XPosRetention(nn.Module):
         rates = ((exponents + 0.4) / 1.4).log() / base
         rates = F.pad(rates, (0, head_dim // 2 - rates.shape[-1]))
         self.rates = Constant(torch.cat((rates, rates), -1))  # log ζ / base, `[1|H,K]`
+        self.segment = max(1, min(2048, int(BASES * base)))
 
     def forward(
         self,
@@ -55,8 +56,8 @@ class XPosRetention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, **how: Any
     ) -> tuple[Tensor, Tensor]:
         outputs = []
-        for begin in range(0, q.shape[1], SEGMENT):
-            here = slice(begin, begin + SEGMENT)
+        for begin in range(0, q.shape[1], self.segment):
+            here = slice(begin, begin + self.segment)
             steps = torch.arange(1, q[:, here].shape[1] + 1, device=q.device)
             scale = self._scale(steps, q)
             o, state = retention(
@@ -87,9 +88,9 @@ class XPosRetention(nn.Module):
         lengths = cu_seqlens.diff()
         steps = torch.arange(q.shape[1]) - cu_seqlens[:-1].repeat_interleave(lengths)
         o = torch.empty_like(v)
-        for begin in range(0, int(lengths.max()), SEGMENT):
-            where = ((steps >= begin) & (steps < begin + SEGMENT)).nonzero().squeeze(1)
-            counts = (lengths - begin).clamp(0, SEGMENT)
+        for begin in range(0, int(lengths.max()), self.segment):
+            where = ((steps >= begin) & (steps < begin + self.segment)).nonzero().squeeze(1)
+            counts = (lengths - begin).clamp(0, self.segment)
             here = where.to(q.device)
             scale = self._scale(steps[where].to(q.device) - begin + 1, q)
             piece, state = retention(

@@ -222,3 +222,12 @@ def test_refuses_what_cannot_be(call, words: list[str]) -> None:
         call()
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_lists_are_taken_for_tuples():
+    decay = [-0.5, -0.25]
+    config = RetNetConfig(
+        vocab_size=8, hidden_size=16, num_hidden_layers=1, num_heads=2, decay=decay
+    )
+    assert config.decay == tuple(decay)
+    assert RetNetConfig.from_dict(config.to_dict()) == config

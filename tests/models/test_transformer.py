@@ -40,6 +40,7 @@ def held(cache: KVCache) -> list[list[float]]:
     return [cache.row(row)[0][0, 0, :, 0].tolist() for row in range(len(cache.lengths))]
 
 
+@torch.no_grad()
 def test_appending_is_in_place_while_there_is_room() -> None:
     cache = KVCache.empty(2, 4, 1, 2, torch.zeros(()))
     grown = cache.append(piece(1.0)).append(piece(2.0, tokens=2))
@@ -48,6 +49,7 @@ def test_appending_is_in_place_while_there_is_room() -> None:
     assert held(grown) == [[1, 2, 2], [1, 2, 2]]
 
 
+@torch.no_grad()
 def test_growth_is_geometric() -> None:
     cache = KVCache.empty(1, 0, 1, 2, torch.zeros(()))
     moves, capacities = 0, set()
@@ -61,6 +63,17 @@ def test_growth_is_geometric() -> None:
     assert held(cache) == [list(range(100))]
 
 
+def test_appending_leaves_a_graph_what_it_holds() -> None:
+    cache, queries = KVCache.empty(1, 4, 1, 2, torch.zeros(())), torch.ones(2, requires_grad=True)
+    total = torch.zeros(())
+    for value in (1.0, 2.0):  # keys of frozen weights, of which no gradient is wanted
+        cache = cache.append(piece(value, rows=1))
+        total = total + (cache.kv[0] * queries).sum()
+    total.backward()
+    assert queries.grad is not None and queries.grad.tolist() == [4.0, 4.0]
+
+
+@torch.no_grad()
 def test_branches_do_not_see_each_other() -> None:
     trunk = KVCache.empty(2, 8, 1, 2, torch.zeros(())).append(piece(1.0))
     one, two = trunk.append(piece(2.0)), trunk.append(piece(3.0))

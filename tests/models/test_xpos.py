@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from retentive.models import xpos
 from retentive.models.layout import exponents
 from retentive.models.xpos import XPosRetention
 from retentive.ops import FORMS
@@ -42,9 +41,9 @@ def layer(base: float) -> tuple[XPosRetention, Tensor]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("segment", [4, 5, 2048])
-def test_it_is_a_decay_of_each_channel(monkeypatch, form: str, segment: int) -> None:
-    monkeypatch.setattr(xpos, "SEGMENT", segment)
+def test_it_is_a_decay_of_each_channel(form: str, segment: int) -> None:
     retain, gamma = layer(6.0)
+    retain.segment = segment
     q, k, v, state = inputs(3, 13)
     o, final = retain(
         q, k, v, log_decay(H), state=state, cu_seqlens=None, output_state=True, form=form
@@ -56,9 +55,9 @@ def test_it_is_a_decay_of_each_channel(monkeypatch, form: str, segment: int) -> 
 
 @pytest.mark.parametrize("segment", [4, 2048])
 @pytest.mark.parametrize("carried", [True, False])
-def test_packed_sequences(monkeypatch, segment: int, carried: bool) -> None:
-    monkeypatch.setattr(xpos, "SEGMENT", segment)
+def test_packed_sequences(segment: int, carried: bool) -> None:
     retain, gamma = layer(6.0)
+    retain.segment = segment
     q, k, v, _ = inputs(1, 14)
     lengths = [9, 0, 1, 4]
     state = inputs(4, 1)[3] if carried else None
@@ -77,22 +76,22 @@ def test_packed_sequences(monkeypatch, segment: int, carried: bool) -> None:
         torch.testing.assert_close(given, wanted, rtol=0.0, atol=1e-11)
 
 
-def test_gradients_pass_from_segment_to_segment(monkeypatch) -> None:
+def test_gradients_pass_from_segment_to_segment() -> None:
     q, k, v, state = (x.requires_grad_() for x in inputs(1, 9))
     retain, _ = layer(6.0)
     found = []
     for segment in (4, 2048):
-        monkeypatch.setattr(xpos, "SEGMENT", segment)
+        retain.segment = segment
         o, final = retain(q, k, v, log_decay(H), state=state, cu_seqlens=None, output_state=True)
         found.append(torch.autograd.grad(o.sin().sum() + final.sin().sum(), (q, k, v, state)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0.0, atol=1e-11)
 
 
-def test_float32_does_not_overflow_far_out() -> None:
+@pytest.mark.parametrize(("base", "tokens"), [(512.0, 40_000), (3.0, 2000), (0.1, 40)])
+def test_float32_does_not_overflow_far_out(base: float, tokens: int) -> None:
     """At base 512 a key near token 36 000 would be scaled beyond float32."""
-    retain, gamma = layer(512.0)
-    tokens = 40_000
+    retain, gamma = layer(base)
     exact = inputs(1, tokens)[:3]
     o, final = retain(
         *(x.float() for x in exact), log_decay(H), state=None, cu_seqlens=None, output_state=True
