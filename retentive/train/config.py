@@ -33,7 +33,7 @@ class ModelOptions:
     kind: Literal["retnet", "transformer"] = "retnet"
     size: str | None = None
     num_kv_heads: int | None = None
-    """Of a Transformer, for grouped-query attention; by default as many as query heads."""
+    """Groups of heads that share keys and values; by default as many as heads."""
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -41,8 +41,6 @@ class ModelOptions:
             if given := [*self.fields, *_changed(self, ("kind", "size", "num_kv_heads"))]:
                 raise InputError(f"model.base is a whole model; leave out model.{given[0]}")
             return
-        if self.kind == "retnet" and self.num_kv_heads is not None:
-            raise InputError('model.num_kv_heads belongs to kind = "transformer"; leave it out')
         required = {
             f.name for f in dataclasses.fields(RetNetConfig) if f.default is dataclasses.MISSING
         } - {"vocab_size"}
@@ -54,6 +52,8 @@ class ModelOptions:
         if self.base is not None:
             return self._of_base(vocab_size)
         fields = {"vocab_size": vocab_size, **self.fields}
+        if self.kind == "retnet":
+            fields["num_kv_heads"] = self.num_kv_heads
         if fields["vocab_size"] < vocab_size:
             raise InputError(
                 f"model.vocab_size is {fields['vocab_size']}, but the tokenizer has {vocab_size} "
@@ -208,6 +208,12 @@ def _at_least(key: str, value: float, least: float) -> None:
         raise InputError(f"{key} is {value}; it must be at least {least}")
 
 
+def _state_grows(model: RetNetConfig | TransformerConfig) -> bool:
+    if isinstance(model, TransformerConfig):
+        return True
+    return model.attention is not None and model.attention.window is None
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that makes a run: the same RunConfig gives the same weights on a machine."""
@@ -220,11 +226,12 @@ class RunConfig:
 
     def __post_init__(self):
         # A mistake in [model] shows before the corpus is read.
-        is_retnet = isinstance(self.model.build(vocab_size=1), RetNetConfig)
-        if self.train.carry_state and not is_retnet:
+        model = self.model.build(vocab_size=1)
+        is_retnet = isinstance(model, RetNetConfig)
+        if self.train.carry_state and _state_grows(model):
             raise InputError(
-                "train.carry_state needs a state of fixed size, and a Transformer's cache grows; "
-                'leave it out or take model.kind = "retnet"'
+                "train.carry_state needs a state of fixed size, and that of attention without a "
+                "window grows; leave it out, or take a RetNet whose attention layers have a window"
             )
         if self.model.base is not None and self.data.tokenizer == "bpe":
             raise InputError(

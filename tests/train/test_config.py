@@ -105,7 +105,12 @@ DEMO = '[model]\nsize = "demo"\n'
         (DEMO + '[optimizer]\nschedule = "cos"', "it must be 'linear', 'cosine' or 'constant'"),
         ('[model]\nsize = "2b"', "unknown model size '2b' (did you mean '2.7b'?)"),
         (DEMO + "num_heads = 7", "not divisible by num_heads 7"),
-        (DEMO + "num_kv_heads = 2", 'model.num_kv_heads belongs to kind = "transformer"'),
+        (DEMO + "num_kv_heads = 3", "num_heads 4 is not divisible by num_kv_heads 3"),
+        (
+            DEMO
+            + "attention = {num_heads = 4}\nattention_layers = [1]\n[train]\ncarry_state = true",
+            "train.carry_state needs a state of fixed size",
+        ),
         ("[model]\nhidden_size = 8", "neither a size nor num_heads, num_hidden_layers"),
         ("", "neither a size nor"),
         ("model = 3", "model is 3; it must be a table, [model]"),
