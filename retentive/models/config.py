@@ -23,9 +23,10 @@ Initialization = Literal["paper", "official"]
 
 # Hugging Face writes these beside a model's own fields; they do not touch the mathematics.
 BOOKKEEPING = frozenset(
-    "architectures auto_map bos_token_id dtype eos_token_id is_decoder model_type name_or_path "
-    "output_attentions output_hidden_states pad_token_id return_dict torch_dtype "
-    "transformers_version use_cache".split()
+    "architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward dtype "
+    "eos_token_id experts_implementation id2label is_decoder is_encoder_decoder label2id "
+    "model_type name_or_path num_labels output_attentions output_hidden_states pad_token_id "
+    "problem_type return_dict torch_dtype transformers_version use_cache".split()
 )
 
 
@@ -377,7 +378,10 @@ def config_from_dict(fields: dict[str, Any]) -> RetNetConfig | TransformerConfig
     if fields.get("quantization") is not None and isinstance(model_type, str):
         model_type = model_type.removesuffix(QUANTIZED)
     if model_type not in kinds:
-        raise InputError(f"model_type is {model_type!r}; this package opens {', '.join(kinds)}")
+        raise InputError(
+            f"model_type is {model_type!r}; this package opens {', '.join(kinds)}"
+            " (`retentive convert` makes a folder of other checkpoints)"
+        )
     return kinds[model_type].from_dict(fields)
 
 
