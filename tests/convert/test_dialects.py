@@ -158,6 +158,24 @@ def test_its_decays_are_those_of_its_config(spoil):
     assert model.config.decay == "power"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_its_decays_are_those_of_its_config_in_any_precision(spoil, dtype):
+    """Rounded to bfloat16 the two rules are nowhere more than one number apart."""
+
+    def store(tensors):
+        tensors |= {key: tensor.to(dtype) for key, tensor in tensors.items()}
+
+    assert plan(open_source(spoil("D5_syncdoth_v1", store))).config.decay == "linspace"
+    other = spoil("D5_syncdoth_v1", store, use_default_gamma=True)
+    assert "msr.decay that is not" in refusal(other)
+
+
+def test_a_decay_of_whole_numbers_is_not_the_configs(spoil):
+    key = "model.blocks.0.msr.decay"
+    folder = spoil("D5_syncdoth_v1", lambda t: t.update({key: torch.ones(4, dtype=torch.int64)}))
+    assert f"{key} that is not" in refusal(folder)
+
+
 # yet-another-retnet
 
 
