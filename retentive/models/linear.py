@@ -13,6 +13,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from retentive.models.norms import Normed, again
+
 MANY_ROWS = 64
 
 
@@ -48,7 +50,7 @@ class Linear(nn.Linear):
         if not suits_onednn(input):
             return F.linear(input, self.weight, self.bias)
         x = input.flatten(0, -2)
-        kept = _Kept.apply(x, self.weight)
+        kept = _Kept.apply(x, self.weight, Normed.of(input))
         return _Product.apply(x, self.weight, self.bias, kept).unflatten(0, input.shape[:-1])
 
 
@@ -57,22 +59,26 @@ class _Kept(Function):
 
     Where x is not kept but computed again (`layers.Recomputing`), that ends with what is kept last:
     kept by the product itself, after it was formed, they would have it formed once more in vain.
+    In the place of an x that a norm gave there is what it was made of.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, normed: Normed | None) -> Tensor:
         return x.new_empty(0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        x, weight = inputs
-        trained_x, trained_weight = ctx.needs_input_grad
-        ctx.save_for_backward(x if trained_weight else None, weight if trained_x else None)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, normed = inputs
+        trained_x, trained_weight, _ = ctx.needs_input_grad
+        parts: tuple[Tensor | None, ...] = ()
+        if trained_weight:
+            parts = (x,) if normed is None else (normed.x, normed.weight, normed.r)
+        ctx.save_for_backward(weight if trained_x else None, *parts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None, None]:
+        return None, None, None
 
 
 class _Product(Function):
@@ -89,8 +95,10 @@ class _Product(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), dx, dweight = gradients, None, None
         if ctx.kept is not None:  # not only the bias is trained
-            x, weight = ctx.kept.saved_tensors
+            weight, *parts = ctx.kept.saved_tensors
             dx = product(dy, weight.T) if ctx.needs_input_grad[0] else None
-            dweight = product(dy.T, x.T) if ctx.needs_input_grad[1] else None
+            if ctx.needs_input_grad[1]:
+                x = parts[0] if len(parts) == 1 else again(*parts).flatten(0, -2)
+                dweight = product(dy.T, x.T)
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None

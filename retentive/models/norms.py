@@ -5,7 +5,7 @@ At few tokens the reverse holds: there calls cost more than passes, and torch's 
 Shapes: x `[...,D]`, weight `[D]`, r `[...,1]`. Low precision is computed in float32, then cast.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,32 @@ class RMSNorm(nn.RMSNorm):
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < MANY:
             return super().forward(x)
         assert self.eps is not None
-        if torch.is_grad_enabled():
-            return _RMSNorm.apply(x, self.weight, self.eps)[0]
-        return _rms_norm(x, self.weight, self.eps)[0]
+        if not torch.is_grad_enabled():
+            return _rms_norm(x, self.weight, self.eps)[0]
+        y, r = _RMSNorm.apply(x, self.weight, self.eps)
+        y.normed = Normed(x, self.weight, r, y._version)
+        return y
+
+
+class Normed(NamedTuple):
+    """What y is made of. The norm keeps it for its backward; kept by others it costs nothing."""
+
+    x: Tensor
+    weight: Tensor | None
+    r: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, y: Tensor) -> "Normed | None":
+        """Of what a norm gave and nothing has changed since; None for any other tensor."""
+        normed = getattr(y, "normed", None)
+        return normed if normed is not None and normed.version == y._version else None
+
+
+def again(x: Tensor, weight: Tensor | None, r: Tensor) -> Tensor:
+    """y, to the last bit."""
+    y = _exact(x) * r
+    return (y if weight is None else y.mul_(weight)).to(x.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -33,8 +56,7 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Ten
     exact, size = _exact(x), x.shape[-1]
     r = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
     r = r.square_().add_(size * eps).rsqrt_().mul_(size**0.5)
-    y = exact * r
-    return (y if weight is None else y.mul_(weight)).to(x.dtype), r
+    return again(x, weight, r), r
 
 
 class _RMSNorm(Function):

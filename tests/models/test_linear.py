@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from retentive.models import linear
 from retentive.models.linear import MANY_ROWS, Linear, product, suits_onednn
+from retentive.models.norms import RMSNorm
 
 
 def layer_and_input(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Linear, torch.Tensor]:
@@ -116,3 +117,38 @@ def test_a_bias_is_added_and_trained(rows, only_bias):
     wanted = (y, *torch.autograd.grad(y, [exact[t] for t in trained], dy.double()))
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+def normed_input(rows: int = 2 * MANY_ROWS, width: int = 512):
+    torch.manual_seed(0)
+    norm, layers = RMSNorm(width, eps=1e-6), [Linear(width, 40), Linear(width, 24)]
+    torch.nn.init.normal_(norm.weight)
+    return norm, layers, torch.randn(1, rows, width, requires_grad=True)
+
+
+def gradients(norm, layers, x, change=lambda y: y):
+    y = change(norm(x))
+    total = sum((layer(y).sin()).sum() for layer in layers)
+    return torch.autograd.grad(total, [x, norm.weight, *(layer.weight for layer in layers)])
+
+
+@pytest.mark.parametrize("change", [lambda y: y, lambda y: y.mul_(2.0), lambda y: y * 2.0])
+def test_gradients_behind_a_norm_are_those_of_float64(change):
+    norm, layers, x = normed_input()
+    got = gradients(norm, layers, x, change)
+    exact = gradients(norm.double(), [layer.double() for layer in layers], x.double(), change)
+    for one, other in zip(got, exact, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+def test_what_a_norm_gave_is_not_kept():
+    norm, layers, x = normed_input()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        y = norm(x)
+        for layer in layers:
+            layer(y)
+    weights = norm.weight.numel() + sum(layer.weight.numel() for layer in layers)
+    assert sum(t.numel() for t in kept.values()) == x.numel() + x.shape[1] + weights
