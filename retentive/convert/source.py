@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from retentive.errors import InputError
 CONFIG = "config.json"
 INDEX = ".index.json"
 # What libraries call the weights in a folder, the best first.
+WRAPPED = "decoder."  # begins every name where fairseq's model is around the decoder
 NAMES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pt", "model.pt")
 
 
@@ -33,9 +35,19 @@ class Source:
     config: dict[str, Any]
     files: tuple[WeightFile, ...]
 
-    @property
+    @cached_property
+    def _prefix(self) -> str:
+        """What all names begin with in vain. Of all files: a shard may hold nothing but layers."""
+        names = (name for file in self.files for name in file.tensors)
+        return WRAPPED if all(name.startswith(WRAPPED) for name in names) else ""
+
+    @cached_property
     def tensors(self) -> dict[str, Stored]:
-        return {name: stored for file in self.files for name, stored in file.tensors.items()}
+        return {
+            name.removeprefix(self._prefix): stored
+            for file in self.files
+            for name, stored in file.tensors.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """One tensor, a copy."""
@@ -43,11 +55,13 @@ class Source:
         return tensor.clone()
 
     def stream(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
-        """These tensors, a file after the other; each is there until the next is asked for."""
+        """These tensors in the order of the files; each is there until the next is asked for."""
         for file in self.files:
-            with file.opened() as read:
-                for name in file.tensors.keys() & names:
-                    yield name, read(name)
+            there = {name.removeprefix(self._prefix): name for name in file.tensors}
+            if wanted := [name for name in there if name in names]:
+                with file.opened() as read:
+                    for name in wanted:
+                        yield name, read(there[name])
 
 
 def open_source(given: str | Path) -> Source:
@@ -89,6 +103,8 @@ def _shards(index: Path) -> list[Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{index} has no weight_map; fetch it again")
+    if not names:
+        raise InputError(f"{index} has an empty weight_map; fetch it again")
     shards = sorted(set(names.values()))
     if outside := [name for name in shards if Path(name).name != name]:
         raise InputError(f"{index} names a file outside of its folder, {outside[0]}")

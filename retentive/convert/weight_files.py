@@ -1,6 +1,7 @@
 """Files of weights: safetensors, and what torch.save wrote, opened without running their code."""
 
 import argparse
+import json
 import pickle
 import re
 import warnings
@@ -27,6 +28,7 @@ DTYPES = {  # as safetensors writes them
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Stored(NamedTuple):
@@ -46,6 +48,7 @@ Read = Callable[[str], Tensor]
 class WeightFile(Protocol):
     path: Path
     tensors: dict[str, Stored]
+    """In the order in which they lie in the file."""
     arguments: dict[str, Any]
     """Hyperparameters beside the weights, where a trainer keeps them there."""
 
@@ -72,7 +75,7 @@ class SafetensorsFile:
         self.path = path
         self.arguments: dict[str, Any] = {}
         with self._mapped() as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}
+            parts = {name: file.get_slice(name) for name in sorted(file.keys(), key=self._place())}
             self.tensors = {
                 name: Stored(tuple(part.get_shape()), self._dtype(name, part.get_dtype()))
                 for name, part in parts.items()
@@ -80,8 +83,14 @@ class SafetensorsFile:
 
     def _dtype(self, name: str, dtype: str) -> torch.dtype:
         if dtype not in DTYPES:
-            raise InputError(f"{self.path} holds {name} as {dtype}; known are {', '.join(DTYPES)}")
+            raise _unknown_dtype(self.path, name, dtype)
         return DTYPES[dtype]
+
+    def _place(self) -> Callable[[str], int]:
+        """Where a tensor begins: of that the oldest library that we take says nothing."""
+        with self.path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return lambda name: header[name]["data_offsets"][0]
 
     @contextmanager
     def _mapped(self) -> Iterator[Any]:
@@ -113,10 +122,11 @@ class TorchFile:
     def __init__(self, path: Path):
         self.path = path
         content = self._load()
-        self.tensors = {
-            name: Stored(tuple(tensor.shape), tensor.dtype)
-            for name, tensor in self._weights(content).items()
-        }
+        self.tensors = {}
+        for name, tensor in self._weights(content).items():
+            if tensor.dtype not in DTYPE_NAMES:
+                raise _unknown_dtype(path, name, str(tensor.dtype).removeprefix("torch."))
+            self.tensors[name] = Stored(tuple(tensor.shape), tensor.dtype)
         self.arguments = _arguments(content)
 
     @contextmanager
@@ -128,11 +138,13 @@ class TorchFile:
             if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
                 content = content[wrapper]
         tensors = content.items() if isinstance(content, dict) else ()
-        found = {name: tensor for name, tensor in tensors if isinstance(tensor, Tensor)}
+        found = {
+            name: tensor
+            for name, tensor in tensors
+            if isinstance(name, str) and isinstance(tensor, Tensor)
+        }
         if not found:
             raise InputError(f"{self.path} holds no tensors by name; give a state dict")
-        if all(name.startswith("decoder.") for name in found):  # fairseq's model around the decoder
-            found = {name.removeprefix("decoder."): tensor for name, tensor in found.items()}
         return found
 
     def _load(self) -> Any:
@@ -167,6 +179,10 @@ class TorchFile:
         return InputError(
             f"{self.path} is truncated or no file of torch.save ({reason}); fetch it again"
         )
+
+
+def _unknown_dtype(path: Path, name: str, dtype: str) -> InputError:
+    return InputError(f"{path} holds {name} as {dtype}; known are {', '.join(DTYPES)}")
 
 
 def _arguments(content: Any) -> dict[str, Any]:

@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retentive.convert.weight_files import DTYPES, Stored
+from retentive.convert.weight_files import DTYPE_NAMES, Stored
 from retentive.errors import InputError
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def check_room(folder: Path, tensors: Mapping[str, Stored]) -> None:
@@ -36,7 +34,8 @@ def write_safetensors(
 ) -> None:
     """Write the file; `stream` gives each of `tensors` once, in any order.
 
-    Its tensors are converted to the dtype that is said. OSError where the disk is full.
+    Its tensors are converted to the dtype that is said. InputError where that has no number as
+    large as one of theirs, OSError where the disk is full.
     """
     # As the library orders them: wide dtypes first, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -46,7 +45,7 @@ def write_safetensors(
         stored = tensors[name]
         places[name], end = end, end + stored.nbytes
         header[name] = {
-            "dtype": _NAMES[stored.dtype],
+            "dtype": DTYPE_NAMES[stored.dtype],
             "shape": stored.shape,
             "data_offsets": [places[name], end],
         }
@@ -59,8 +58,20 @@ def write_safetensors(
             stored = tensors[name]
             assert tuple(tensor.shape) == stored.shape, name
             file.seek(start + places.pop(name))
-            values = tensor.to(stored.dtype).contiguous().flatten().view(torch.uint8)
-            file.write(values.numpy().data)
+            values = _converted(name, tensor, stored.dtype)
+            file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
         assert not places, places.keys()
         file.flush()
         os.fsync(file.fileno())
+
+
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    values = tensor.to(dtype)
+    if values is not tensor and (values.isinf() & tensor.isfinite()).any():
+        wider = "bfloat16" if dtype == torch.float16 else "float64"
+        kind = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name} holds {tensor[tensor.isfinite()].abs().max():.3g}, more than {kind} can say"
+            f" ({torch.finfo(dtype).max:.3g}); choose {wider}"
+        )
+    return values

@@ -102,6 +102,9 @@ def test_tensors_that_do_not_fit(source, refused, change, words):
 def test_a_dtype_that_is_none_of_ours(source, refused):
     change_tensors(source, lambda x: x.update({Q: x[Q].to(torch.float8_e4m3fn)}))
     refused(source, Q, "F8_E4M3")
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    refused(source, Q, "float8_e4m3fn", "BF16")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def test_a_pickle_that_wants_to_run_code(golden, tmp_path, refused, zipped):
 
 def test_a_pickle_without_tensors(golden, tmp_path, refused):
     shutil.copytree(golden / "D4_syncdoth_v2_tied", tmp_path / "source")
-    for content in ([torch.zeros(2)], {"step": 3}, {"model": {}}):
+    for content in ([torch.zeros(2)], {"step": 3}, {"model": {}}, {0: torch.zeros(2)}):
         torch.save(content, tmp_path / "source" / "pytorch_model.bin")
         refused(tmp_path / "source", "no tensors by name")
 
@@ -224,6 +227,8 @@ def test_shards(source, refused, tmp_path):
     second.write_bytes(whole_second)
     path.write_text(json.dumps({}))
     refused(source, "no weight_map")
+    path.write_text(json.dumps({"weight_map": {}}))
+    refused(source, "an empty weight_map")
     index["weight_map"][Q] = "../elsewhere.safetensors"
     path.write_text(json.dumps(index))
     refused(source, "outside of its folder")
@@ -275,6 +280,15 @@ def test_ctrl_c_leaves_nothing(source, tmp_path, monkeypatch):
 def test_options(source, refused):
     refused(source, "unknown target 'torchscal'", "'torchscale'", options=("--to", "torchscal"))
     refused(source, "unknown dtype", options=("--dtype", "fp32"))
+
+
+def test_values_that_the_dtype_cannot_say(source, refused, tmp_path):
+    change_tensors(source, lambda tensors: tensors[Q][3, 5].fill_(-7e4))
+    refused(source, "layers.0.retention.q_proj.weight holds 7e+04", options=("--dtype", "float16"))
+    refused(source, "choose bfloat16", options=("--dtype", "float16"))
+    assert main(["convert", str(source), str(tmp_path / "b"), "--dtype", "bfloat16"]) == 0
+    change_tensors(source, lambda tensors: tensors[Q][3, 5].fill_(-float("inf")))  # theirs already
+    assert main(["convert", str(source), str(tmp_path / "h"), "--dtype", "float16"]) == 0
 
 
 def test_names_on_the_hub(refused, monkeypatch):

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 import retentive
 from retentive.cli import main
 from retentive.convert.conversion import convert
-from retentive.convert.weight_files import Stored
+from retentive.convert.plan import plan
+from retentive.convert.source import open_source
+from retentive.convert.weight_files import Stored, TorchFile
 from retentive.convert.writer import write_safetensors
 from retentive.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
 from retentive.models.checkpoint import load_config, save_model
@@ -46,6 +48,10 @@ def same(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
         given[name].dtype == expected[name].dtype and torch.equal(given[name], expected[name])
         for name in expected
     )
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, Stored]:
+    return {name: Stored(tuple(x.shape), x.dtype) for name, x in tensors.items()}
 
 
 @pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
@@ -188,6 +194,66 @@ def test_what_fairseq_wraps_around_a_decoder(golden, tmp_path):
         assert same(model.state_dict(), retentive.load(folder).state_dict())
 
 
+def test_a_wrapped_decoder_in_safetensors(golden, tmp_path):
+    folder = golden / "D1_torchscale_deepnorm"
+    weights = {f"decoder.{name}": value for name, value in stored(folder).items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+    assert same(retentive.load(tmp_path).state_dict(), retentive.load(folder).state_dict())
+
+
+@pytest.fixture
+def yet_another_in_shards(golden, tmp_path) -> Path:
+    """The first shard holds `decoder.layers` only: that they are wrapped in nothing, others say."""
+    folder = golden / "D7_yet_another_retnet_normlast"
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    weight_map = {}
+    for number, inner in enumerate((True, False), 1):
+        file = f"pytorch_model-0000{number}-of-00002.bin"
+        part = {key: x for key, x in weights.items() if key.startswith("decoder.") == inner}
+        torch.save(part, tmp_path / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+    return tmp_path
+
+
+def test_a_shard_of_layers_only(golden, yet_another_in_shards):
+    whole = retentive.load(golden / "D7_yet_another_retnet_normlast").state_dict()
+    assert same(retentive.load(yet_another_in_shards).state_dict(), whole)
+
+
+def test_tensors_come_in_the_order_of_the_file(golden, tmp_path):
+    tensors = load_file(golden / "D6_fla_hybrid" / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, shapes(tensors), iter(tensors.items()))  # norms last: half as wide
+    torch.save(dict(reversed(tensors.items())), tmp_path / "reversed.pt")
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    del header["__metadata__"]
+    names = sorted(header, key=lambda name: header[name]["data_offsets"])
+    streamed = open_source(path).stream(tensors.keys())
+    assert [name for name, _ in streamed] == names
+    streamed = open_source(tmp_path / "reversed.pt").stream(tensors.keys())
+    assert [name for name, _ in streamed] == list(reversed(tensors))
+
+
+def test_files_are_opened_only_for_what_they_hold(yet_another_in_shards, monkeypatch):
+    source, opened = open_source(yet_another_in_shards), []
+    opening = TorchFile.opened
+
+    def counted(file):
+        opened.append(file.path.name[14:19])
+        return opening(file)
+
+    monkeypatch.setattr(TorchFile, "opened", counted)
+    source.read("embedding.weight")
+    assert opened == ["00002"]
+    plan(source)  # compares what each layer has stored of angles
+    assert opened == ["00002", "00001"]
+
+
 def test_torch_files_of_old(golden, tmp_path):
     """As torch wrote them before 1.6: not a zip file, so not to be mapped."""
     shutil.copyfile(golden / "D4_syncdoth_v2_tied" / "config.json", tmp_path / "config.json")
@@ -305,8 +371,7 @@ def test_a_file_is_written_as_the_library_writes_it(tmp_path):
         "b.codes": torch.randint(0, 9, (3, 3), dtype=torch.int8),
     }
     save_file(tensors, tmp_path / "library.safetensors", {"format": "pt"})
-    shapes = {name: Stored(tuple(x.shape), x.dtype) for name, x in tensors.items()}
-    write_safetensors(tmp_path / "ours.safetensors", shapes, reversed(tensors.items()))
+    write_safetensors(tmp_path / "ours.safetensors", shapes(tensors), reversed(tensors.items()))
     assert same(load_file(tmp_path / "ours.safetensors"), tensors)
     ours, library = (tmp_path / f"{x}.safetensors" for x in ("ours", "library"))
     assert ours.stat().st_size == library.stat().st_size
