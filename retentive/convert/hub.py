@@ -34,7 +34,17 @@ def fetch(name: str) -> Path:
             huggingface_hub.snapshot_download(name, allow_patterns=SMALL + PICKLED)
         return folder
     except Exception as error:  # of requests, httpx, the file system and the Hub's own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"there is no file or folder {name}, and the Hub does not give it: {reason}"
+            f"there is no file or folder {name}, and the Hub does not give it: {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Of the refusals that a user can do something about, what to do; of others the first line."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated; ask for access on its page, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no repository of that name, or a private one, which takes `hf auth login`"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

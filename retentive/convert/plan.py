@@ -97,7 +97,7 @@ def plan(source: Source) -> Plan:
     config = _our_config(source, dialect, fit)
     pieces = {}
     for name, shape in _shapes(config).items():
-        weight, number = _entry(dialect, config, name, source.tensors)
+        weight, number = _entry(dialect, config, name, fit.tensors)
         rows = None if weight.rows is None else weight.rows(config, shape[0])
         theirs = weight.theirs.format(number)
         pieces[name] = Piece(theirs, rows, Stored(shape, fit.dtype(theirs)))

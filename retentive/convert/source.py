@@ -41,7 +41,7 @@ class Source:
         names = (name for file in self.files for name in file.tensors)
         return WRAPPED if all(name.startswith(WRAPPED) for name in names) else ""
 
-    @cached_property
+    @property
     def tensors(self) -> dict[str, Stored]:
         return {
             name.removeprefix(self._prefix): stored

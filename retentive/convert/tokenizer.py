@@ -13,7 +13,8 @@ from retentive.data.tokenizer import FILE, load_tokenizer, vocab_size
 from retentive.errors import InputError
 from retentive.models.files import write_text
 
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CONFIG = "tokenizer_config.json"
+SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json")
 BESIDE = ("chat_template.jinja", "generation_config.json")
 OTHERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 """Of tokenizers that are not yet a tokenizer.json."""
@@ -27,31 +28,45 @@ def bring_tokenizer(source: Path, out: Path, ids: int) -> list[str]:
     is no reason not to have the weights.
     """
     files = _copy((FILE, *SETTINGS, *BESIDE, *OTHERS), source, out)
+    lines = _leave_code_out(source, out) if CONFIG in files else []
     if FILE not in files:
         if not set(files) & set(OTHERS):
-            return [f"{source} holds no tokenizer: none was written"]
+            return [*lines, f"{source} holds no tokenizer: none was written"]
         if reason := _make_fast(out):
             kind = ", ".join(name for name in files if name in OTHERS)
-            return [f"its tokenizer ({kind}) did not become a {FILE}: {reason}"]
+            return [*lines, f"its tokenizer ({kind}) did not become a {FILE}: {reason}"]
     try:
         entries = vocab_size(load_tokenizer(out))
-    except InputError as error:
-        return [str(error)]
+    except InputError as error:  # `out` is about to have another name; the fault is the source's
+        return [*lines, str(error).replace(str(out), str(source))]
     if entries > ids:
-        return [f"its tokenizer has {entries} ids and the model {ids}: some texts will be refused"]
-    return []
+        lines.append(
+            f"its tokenizer has {entries} ids and the model {ids}: some texts will be refused"
+        )
+    return lines
 
 
 def _copy(names: Iterable[str], source: Path, out: Path) -> list[str]:
-    """Those of the files that are there. What names code to run (auto_map) is left out."""
+    """Those of the files that are there."""
     there = [name for name in names if (source / name).is_file()]
     for name in there:
         shutil.copyfile(source / name, out / name)
-    if SETTINGS[0] in there:
-        settings = read_json(out / SETTINGS[0])
-        settings.pop("auto_map", None)
-        write_text(out / SETTINGS[0], json.dumps(settings, indent=2) + "\n")
     return there
+
+
+def _leave_code_out(source: Path, out: Path) -> list[str]:
+    """Settings without the names of code to run (auto_map); without settings where they are broken.
+
+    Of the latter a line says so.
+    """
+    try:
+        settings = read_json(source / CONFIG)
+    except InputError as error:
+        (out / CONFIG).unlink()
+        return [f"{error} (it was left out)"]
+    settings.pop("auto_map", None)
+    write_text(out / CONFIG, json.dumps(settings, indent=2) + "\n")
+    return []
 
 
 def _make_fast(out: Path) -> str | None:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,13 +296,25 @@ def test_names_on_the_hub(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused("someone/some-retnet", "there is no file or folder", 'pip install "retentive[hf]"')
 
-    class Offline:
-        @staticmethod
-        def snapshot_download(name, allow_patterns):
-            raise ConnectionError("no network\nand a long story")
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", Offline)
-    refused("someone/some-retnet", "the Hub does not give it: no network")
+def test_what_the_hub_refuses(refused, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    answer = SimpleNamespace(headers={}, request=None)
+    told = "401 Client Error. (Request ID: Root=1-ab)\n\nRepository Not Found for url: https://..."
+    for error, reason in (
+        (ConnectionError("no network\nand a long story"), "no network"),
+        (ConnectionError(), "ConnectionError"),
+        (RepositoryNotFoundError(told, response=answer), "it has no repository of that name"),
+        (GatedRepoError(told, response=answer), "it is gated; ask for access on its page"),
+    ):
+
+        def refuse(name, allow_patterns, error=error):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+        refused("someone/some-retnet", f"the Hub does not give it: {reason}")
 
 
 SMALL = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2}

@@ -307,7 +307,21 @@ def test_the_tokenizer_comes_along(golden, tmp_path, capsys):
 
     (source / "tokenizer.json").write_text("{")
     assert main(["convert", str(source), str(tmp_path / "broken")]) == 0
-    assert "no tokenizer.json" in capsys.readouterr().out
+    assert f"{source / 'tokenizer.json'} is no tokenizer.json" in capsys.readouterr().out
+
+
+def test_broken_settings_of_a_tokenizer_are_left_out(golden, tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(golden / "D6_fla_hybrid", source)
+    save_tokenizer(byte_tokenizer(), source)
+    (source / "tokenizer_config.json").write_text('{"eos_token": ')
+    assert main(["convert", str(source), str(out)]) == 0
+    told = capsys.readouterr().out
+    assert f"{source / 'tokenizer_config.json'} is truncated" in told
+    assert "257 ids and the model 97" in told
+    assert retentive.load(out).config.vocab_size == 97
+    assert load_tokenizer(out).get_vocab_size() == 257
+    assert not (out / "tokenizer_config.json").exists()
 
 
 def test_a_slow_tokenizer_becomes_a_fast_one(golden, tmp_path, capsys, monkeypatch):
