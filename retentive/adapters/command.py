@@ -1,6 +1,5 @@
 """`retentive merge`: a model folder with a LoRA adapter in its weights, for every command."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import tyro
 from retentive.adapters.loading import holds_lora, load_adapted
 from retentive.arguments import parse
 from retentive.compress.folders import check_new, new_folder
-from retentive.data.tokenizer import FILE
+from retentive.data.tokenizer import FILE, copy_tokenizer
 from retentive.errors import InputError
 from retentive.models.checkpoint import save_model
 
@@ -47,8 +46,7 @@ def main(argv: Sequence[str]) -> None:
     made = load_adapted(source, adapter, dtype=options.dtype)
     with new_folder(out) as folder:
         save_model(made, folder)
-        if has_tokenizer := (source / FILE).is_file():
-            shutil.copyfile(source / FILE, folder / FILE)
+        has_tokenizer = copy_tokenizer(source, folder)
     if not has_tokenizer:
         print(f"{source} holds no {FILE}: none is in {out}")
     print(f"wrote {out}: {source} with {adapter} merged into its weights")

@@ -1,6 +1,5 @@
 """`retentive quantize`: a model folder with weights of 16, 8 or 4 bits, for every command."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import tyro
 from retentive.arguments import parse
 from retentive.compress.folders import check_new, new_folder
 from retentive.compress.quantize import check_source, quantize, scheme_bits
-from retentive.data.tokenizer import FILE
+from retentive.data.tokenizer import FILE, copy_tokenizer
 from retentive.models.checkpoint import WEIGHTS, load, load_config, save_model
 
 
@@ -44,8 +43,7 @@ def main(argv: Sequence[str]) -> None:
     made = quantize(load(source), bits)
     with new_folder(out) as folder:
         save_model(made, folder)
-        if has_tokenizer := (source / FILE).is_file():
-            shutil.copyfile(source / FILE, folder / FILE)
+        has_tokenizer = copy_tokenizer(source, folder)
     if not has_tokenizer:
         print(f"{source} holds no {FILE}: none is in {out}")
     before, after = ((folder / WEIGHTS).stat().st_size / 1e6 for folder in (source, out))

@@ -5,10 +5,13 @@ every text can be written in them and decodes to itself.
 """
 
 import heapq
+import json
 import os
 import random
 import re
+import shutil
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,14 @@ if TYPE_CHECKING:
 
 END = "<|end|>"
 FILE = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+_BESIDE = (
+    SETTINGS,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 _END_NAMES = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _SMALLEST = 257  # the end token and the bytes
 _SAMPLE = 2**25  # characters that BPE is trained on at most, in pieces of about `_PIECE`
@@ -62,7 +73,8 @@ def byte_tokenizer() -> "Tokenizer":
 def load_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer":
     """The tokenizer of a model folder, or of a tokenizer.json, whole texts and no padding.
 
-    Text that spells a special token out is text, as in training.
+    Text that spells a special token out is text, as in training. What the tokenizer_config.json
+    beside it says goes along, for `TextTokenizer`.
     """
     from tokenizers import Tokenizer
 
@@ -78,7 +90,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer":
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
+    vars(tokenizer)["settings"] = _read_settings(file.with_name(SETTINGS))
     return tokenizer
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
+    """None where there is no such file."""
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, no UTF-8
+        raise InputError(f"{file} is no JSON: {error}; repair or delete it") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{file} holds no settings: give an object, or delete it")
+    return settings
 
 
 def save_tokenizer(tokenizer: "Tokenizer", folder: str | os.PathLike[str]) -> None:
@@ -87,6 +113,16 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: str | os.PathLike[str]) -> No
     aside = file.with_name(f".{FILE}.{os.getpid()}")
     aside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     aside.replace(file)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> bool:
+    """Copies a model folder's tokenizer with all that says how it is used. False: there is none."""
+    if not (source / FILE).is_file():
+        return False
+    for name in (FILE, *_BESIDE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return True
 
 
 def end_id(tokenizer: "Tokenizer") -> int:
@@ -101,6 +137,75 @@ def end_id(tokenizer: "Tokenizer") -> int:
 def vocab_size(tokenizer: "Tokenizer") -> int:
     """How many ids there are, 0 to the highest: more than entries where the ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+class TextTokenizer:
+    """How the texts of a model begin and end, by its tokenizer and the settings loaded with it.
+
+    As in transformers, what the template in tokenizer.json puts before a text is there, whatever
+    add_bos_token in tokenizer_config.json says: transformers asks that only for tokenizers that
+    have no tokenizer.json. In ours, whose settings name no other end, texts begin with the end
+    token, or as bos_token and add_bos_token say: so `RetentiveTokenizer` asks transformers to.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", limit: int | None = None):
+        """`limit` is the model's vocab_size: the tokenizer may have more ids, its texts may not.
+
+        InputError where it has no end token, or texts begin with one that the model lacks.
+        """
+        self.tokenizer = tokenizer
+        self.settings: dict[str, Any] | None = vars(tokenizer).get("settings")
+        named = self._named("eos_token")
+        self.end = end_id(tokenizer) if named is None else named
+        self._ours = named is None and self.end == tokenizer.token_to_id(END)
+        bos = self._named("bos_token")
+        self._begins = (self.settings or {}).get("add_bos_token", True)
+        self.begin = self.end if bos is None else bos
+        """What a text is predicted from where nothing is before it."""
+        ids = vocab_size(tokenizer)
+        self.vocab_size = ids if limit is None else min(ids, limit)
+        self.check([self.begin, *self.before])
+
+    def encode(self, text: str, *, begin: bool) -> list[int]:
+        """`begin`: with what goes before a text. InputError for tokens that the model lacks."""
+        by_template = begin and not self._ours
+        ids = self.tokenizer.encode(text, add_special_tokens=by_template).ids
+        self.check(ids)
+        return [*self.before, *ids] if begin and self._ours else ids
+
+    @property
+    def before(self) -> list[int]:
+        """What the model reads before a new text.
+
+        Without a tokenizer_config.json it is taken to be trained here: behind an end token.
+        """
+        if self._ours:
+            return [self.begin] if self._begins else []
+        if self.settings is None:
+            return [self.end]
+        found = self.tokenizer.encode("a")
+        pairs = zip(found.ids, found.special_tokens_mask, strict=True)
+        return [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
+
+    def check(self, ids: Iterable[int]) -> None:
+        """InputError where one of them is beyond the model's vocabulary."""
+        highest = max(ids, default=0)
+        if highest >= self.vocab_size:
+            raise InputError(
+                f"a text holds {self.tokenizer.id_to_token(highest)!r}, token {highest} of the"
+                f" tokenizer, and the model has {self.vocab_size}; give the tokenizer.json that it"
+                " was trained with, or other texts"
+            )
+
+    def describe(self) -> str:
+        """All that decides which tokens a text is."""
+        return json.dumps([self.tokenizer.to_str(), self.before, self.begin, self.end])
+
+    def _named(self, name: str) -> int | None:
+        """The id of a token of the settings, which give its text or a description of it."""
+        token = (self.settings or {}).get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        return self.tokenizer.token_to_id(text) if isinstance(text, str) else None
 
 
 def token_bytes(tokenizer: "Tokenizer") -> np.ndarray:

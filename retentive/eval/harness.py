@@ -20,12 +20,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from retentive.data.tokenizer import TextTokenizer, load_tokenizer
 from retentive.devices import resolve_device
 from retentive.errors import InputError
 from retentive.eval.branches import Request, Scorer, after
 from retentive.eval.progress import Display
 from retentive.eval.results import Answers
-from retentive.eval.tokens import TextTokenizer
 from retentive.inference.runner import runner
 from retentive.inference.text import TextStream
 from retentive.models.checkpoint import load
@@ -58,8 +58,11 @@ class RetentiveLM(TemplateLM):
         """
         super().__init__()
         if not isinstance(pretrained, LanguageModel):
-            tokenizer = tokenizer or TextTokenizer.load(pretrained)
-            pretrained = load(pretrained, device=str(resolve_device(device)), dtype=dtype)
+            folder = pretrained
+            pretrained = load(folder, device=str(resolve_device(device)), dtype=dtype)
+            tokenizer = tokenizer or TextTokenizer(
+                load_tokenizer(folder), pretrained.config.vocab_size
+            )
         assert tokenizer is not None
         self.model = pretrained
         self.text = tokenizer

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import tyro
 
+from retentive.data.tokenizer import TextTokenizer, load_tokenizer
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
 from retentive.eval.results import Results, check_folder, default_folder, identity
-from retentive.eval.tokens import TextTokenizer
 from retentive.models.checkpoint import load, load_config
 from retentive.models.language_model import LanguageModel
 
@@ -44,19 +44,14 @@ def check_least(name: str, value: int | None, least: int = 1) -> None:
 
 
 def open_model(options: Options) -> tuple[LanguageModel, TextTokenizer]:
-    """InputError where one is missing, or they do not belong together."""
+    """InputError where one is missing."""
     path = options.model
     load_config(path)  # before a large file is read
-    tokenizer = TextTokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     model = load(path, device=str(resolve_device(options.device)), dtype=options.dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, the model"
-            f" {model.config.vocab_size}; give the tokenizer.json that it was trained with"
-        )
-    return model, tokenizer
+    return model, TextTokenizer(tokenizer, model.config.vocab_size)
 
 
 def open_results(options: Options, model: LanguageModel, tokenizer: TextTokenizer) -> Results:
     folder = default_folder(options.model) if options.out is None else options.out
-    return Results(folder, str(options.model), identity(model, tokenizer.tokenizer))
+    return Results(folder, str(options.model), identity(model, tokenizer))

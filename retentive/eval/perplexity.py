@@ -125,6 +125,7 @@ def run(options: PerplexityOptions) -> None:
     ):
         for document in options.documents():
             ids = torch.from_numpy(next(encode(tokenizer.tokenizer, [document.text])))
+            tokenizer.check(ids.tolist())
             if not len(ids):  # a tokenizer may leave out what it does not know
                 continue
             length = len(document.text.encode())

@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from retentive.data.tokenizer import TextTokenizer
 from retentive.errors import InputError, nearest
 from retentive.eval.branches import Request, Scorer, after
 from retentive.eval.options import Options, check_least, open_model, open_results
 from retentive.eval.progress import Display
 from retentive.eval.recall_report import Answer, Report
 from retentive.eval.results import Results
-from retentive.eval.tokens import TextTokenizer
 from retentive.models.language_model import LanguageModel
 from retentive.models.state import RetNetState
 

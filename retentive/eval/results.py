@@ -11,14 +11,12 @@ import hashlib
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from retentive.data.tokenizer import TextTokenizer
 from retentive.errors import InputError
 from retentive.models.files import fingerprint, write_text
 from retentive.models.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 MODEL, FINISHED = "model.json", "finished.jsonl"
 
@@ -28,9 +26,9 @@ def default_folder(model: Path) -> Path:
     return Path("runs/eval", model.expanduser().resolve().name)
 
 
-def identity(model: LanguageModel, tokenizer: "Tokenizer") -> str:
-    """What results belong to: weights, config, dtype and tokenizer."""
-    digest = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=8).hexdigest()
+def identity(model: LanguageModel, tokenizer: TextTokenizer) -> str:
+    """What results belong to: weights, config, dtype, tokenizer, and how texts begin."""
+    digest = hashlib.blake2b(tokenizer.describe().encode(), digest_size=8).hexdigest()
     return f"{fingerprint(model)}:{digest}"
 
 
@@ -120,7 +118,7 @@ class Results(Answers):
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["identity"] != self.model:
             raise InputError(
-                f"{self.folder} holds results of another model, weights or dtype"
+                f"{self.folder} holds results of another model, weights, dtype or tokenizer"
                 f" ({before['model']}); give another --out"
             )
 

@@ -141,10 +141,15 @@ def evaluate(
     except Exception as error:  # what datasets, the Hub and templates raise is of many kinds
         return NotRun(name, _reason(error))
     began = time.monotonic()
-    with _to_stderr():
-        results = evaluate_tasks(
-            lm, loaded, limit=options.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
-        )
+    try:
+        with _to_stderr():
+            results = evaluate_tasks(
+                lm, loaded, limit=options.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
+            )
+    except (InputError, OSError):  # of the model and of our own folder, not of the task
+        raise
+    except Exception as error:  # of a document, its metric, or lm-eval's aggregate
+        return NotRun(name, _reason(error))
     assert results is not None  # as in other processes than the first
     seconds = time.monotonic() - began
     return [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
-from retentive.data.tokenizer import end_id, vocab_size
+from retentive.data.tokenizer import TextTokenizer
 from retentive.errors import InputError
 from retentive.inference.runner import Runner, runner
 from retentive.inference.sampling import Sampler, Sampling
@@ -57,22 +57,17 @@ class Session:
     ) -> None:
         """`stop`: strings that end a row and are not part of its text.
 
-        Raises InputError for an empty one, and for a tokenizer with more tokens than the model.
+        Raises InputError for an empty one, and for a tokenizer without an end token.
         """
         if "" in stop:
             raise InputError("a stop string is empty; give at least one character")
-        self.vocab_size = vocab_size(tokenizer)
-        if self.vocab_size > model.config.vocab_size:
-            raise InputError(
-                f"the tokenizer has {self.vocab_size} tokens, the model {model.config.vocab_size}; "
-                "give the tokenizer.json that the model was trained with"
-            )
+        self.text = TextTokenizer(tokenizer, model.config.vocab_size)
+        self.vocab_size = self.text.vocab_size
         self.model, self.tokenizer, self.stop = model, tokenizer, tuple(stop)
         self.sampling = sampling or Sampling()
         self.rows: list[Row] = []
         self.active: list[int] = []  # the rows that have not stopped, in the order of their states
         self.whole = True  # False within a step, and after one that was broken off
-        self._end = end_id(tokenizer)
         self._stopped: dict[int, RetNetState] = {}
         self._runner: Runner
         self._sampler: Sampler
@@ -105,7 +100,7 @@ class Session:
         else:
             state = self.model.init_state(len(encoded))
             self._sampler = self._new_sampler(len(encoded))
-            unread = [[self._end] for _ in encoded]
+            unread = [self.text.before for _ in encoded]
         text = [[*before, *tokens] for before, tokens in zip(unread, encoded, strict=True)]
         state = read_tokens(self.model, [tokens[:-1] for tokens in text], state)
         self._runner = runner(self.model, state)
@@ -176,16 +171,16 @@ class Session:
             raise InputError(
                 f"{path} holds a state but no text; give a file that --save-state wrote"
             )
-        saved_size = tensors["seen"].shape[1]
-        if saved_size != vocab_size(tokenizer):
-            raise InputError(
-                f"the texts in {path} are of a tokenizer with {saved_size} tokens, this one has "
-                f"{vocab_size(tokenizer)}; give the tokenizer.json that they were written with"
-            )
         options = {**extra["sampling"], **(sampling or {})}
         session = cls(
             model, tokenizer, Sampling(**options), extra["stop"] if stop is None else stop
         )
+        saved_size = tensors["seen"].shape[1]
+        if saved_size != session.vocab_size:
+            raise InputError(
+                f"the texts in {path} are of a tokenizer with {saved_size} tokens, this one has "
+                f"{session.vocab_size}; give the tokenizer.json that they were written with"
+            )
         for saved in extra["rows"]:
             stream = TextStream.from_dict(saved["stream"], tokenizer, session.stop)
             finish = "end" if saved["last"] is None else None
@@ -205,7 +200,7 @@ class Session:
             prompt.encode()
         except UnicodeEncodeError:  # bytes of a command line that are no text
             raise InputError("a prompt is not UTF-8; convert it first") from None
-        tokens = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        tokens = self.text.encode(prompt, begin=False)
         if not tokens:
             raise InputError("a prompt is empty; give at least one character to go on from")
         return tokens
@@ -215,7 +210,7 @@ class Session:
 
     def _take(self, index: int, token: int) -> Piece:
         row = self.rows[index]
-        if token == self._end:
+        if token == self.text.end:
             row.last, row.finish = None, "end"
             held, row.stream.held = row.stream.held, ""
             return Piece(index, held, "end")

@@ -11,6 +11,7 @@ from retentive.adapters.loading import load_adapted
 from retentive.cli import main
 from retentive.models.checkpoint import load
 
+SETTINGS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 PROMPT = ["--prompt", "abc", "--temperature", "0", "--max-new-tokens", "30"]
 
 
@@ -30,6 +31,9 @@ def run(capfd):
 def test_merge_writes_a_model_folder(
     run, base: Path, lora: Path, tmp_path: Path, tokens: Tensor
 ) -> None:
+    base = shutil.copytree(base, tmp_path / "base")
+    for name in SETTINGS:
+        (base / name).write_text("{}")
     code, out, _ = run("merge", base, lora, tmp_path / "merged")
     assert (code, out) == (
         0,
@@ -38,7 +42,7 @@ def test_merge_writes_a_model_folder(
     merged = load(tmp_path / "merged")
     assert torch.equal(merged(tokens)[0], load_adapted(base, lora)(tokens)[0])
     names = {path.name for path in (tmp_path / "merged").iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", *SETTINGS}
     assert run("merge", base, lora, tmp_path / "half", "--dtype", "bfloat16")[0] == 0
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("merged", "half")]
     assert sizes[1] < 0.6 * sizes[0]

@@ -298,10 +298,12 @@ def test_other_loaders_see_a_model_type_they_do_not_know():
 
 @pytest.mark.parametrize("to", ["bf16", "int8", "int4"])
 def test_every_command_opens_what_quantize_writes(folder, to, capsys):
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "a"}')
     assert main(["quantize", str(folder), "--to", to]) == 0
     out = folder.with_name(f"model-{to}")
     assert f"wrote {out}" in capsys.readouterr().out
-    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
     sizes = [(f / "model.safetensors").stat().st_size for f in (out, folder)]
     assert sizes[0] < {"bf16": 0.6, "int8": 0.4, "int4": 0.35}[to] * sizes[1]
     assert main(["generate", str(out), "--prompt", "ab", "--max-new-tokens", "3"]) == 0
@@ -352,8 +354,8 @@ def test_a_failure_while_writing_leaves_nothing(failure, step, folder, monkeypat
     def fail(*arguments):
         raise failure
 
-    where = quantize_command if step == "save_model" else quantize_command.shutil
-    monkeypatch.setattr(where, "save_model" if step == "save_model" else "copyfile", fail)
+    name = "save_model" if step == "save_model" else "copy_tokenizer"
+    monkeypatch.setattr(quantize_command, name, fail)
     code = main(["quantize", str(folder), str(folder.parent / "out")])
     monkeypatch.undo()
     assert code == (2 if isinstance(failure, OSError) else 130)

@@ -9,7 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from retentive.data import tokenizer as module
 from retentive.data.tokenizer import (
+    TextTokenizer,
     byte_tokenizer,
+    copy_tokenizer,
     cut,
     encode,
     end_id,
@@ -132,6 +134,31 @@ class TestFiles:
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(InputError, match=r"tokenizer\.json is no tokenizer\.json: "):
             load_tokenizer(tmp_path)
+
+    def test_settings_go_along(self, tmp_path: Path):
+        (tmp_path / "new").mkdir()
+        assert copy_tokenizer(tmp_path, tmp_path / "new") is False
+        save_tokenizer(BYTES, tmp_path)
+        for name in ("tokenizer_config.json", "chat_template.jinja"):
+            (tmp_path / name).write_text("{}")
+        assert copy_tokenizer(tmp_path, tmp_path / "new") is True
+        names = {path.name for path in (tmp_path / "new").iterdir()}
+        assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+    @pytest.mark.parametrize("content", ['{"bos', "[1]"])
+    def test_settings_that_are_none(self, tmp_path: Path, content: str):
+        save_tokenizer(BYTES, tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(InputError, match=r"tokenizer_config\.json (is no JSON|holds no sett)"):
+            load_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize("token", ["<|im_end|>", {"content": "<|im_end|>"}])
+    @pytest.mark.parametrize("others", [(), ("<|endoftext|>",)])
+    def test_the_end_that_settings_name(self, tmp_path: Path, token: object, others: tuple):
+        save_tokenizer(words("a", *others, "<|im_end|>"), tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        tokenizer = load_tokenizer(tmp_path)
+        assert TextTokenizer(tokenizer).end == tokenizer.token_to_id("<|im_end|>")
 
 
 class TestEndToken:

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from retentive.cli import main
-from retentive.data.tokenizer import byte_tokenizer, end_id
+from retentive.data.tokenizer import TextTokenizer, byte_tokenizer, end_id
 from retentive.eval import recall
 from retentive.eval.figures import half_lives
 from retentive.eval.recall import Mqar, Passkey, ask_along
 from retentive.eval.recall_report import Answer, Score
-from retentive.eval.tokens import TextTokenizer
 
 from .conftest import build, report, write_model
 
@@ -67,6 +66,11 @@ def test_pairs_are_of_different_tokens_and_none_is_filler(tokenizer):
     assert not set(sample.filler) & set(sample.told)
     for (key, value), question in zip(pairs, sample.questions, strict=True):
         assert question.context == [key] and question.candidates[question.right] == [value]
+
+
+def test_tokens_that_the_model_lacks_are_no_candidates(tokenizer):
+    mqar = Mqar(TextTokenizer(tokenizer, 257), 3)
+    assert max(mqar.words) == 256
 
 
 def test_an_answer_is_a_mean_over_questions():
@@ -153,6 +157,8 @@ def test_a_tokenizer_of_another_model_is_refused(folder, capsys, tokenizer):
 
     save_model(build("retnet", 257).float(), folder)
     assert main(["eval", "recall", "runs/demo"]) == 2
-    assert "tokens, the model 257" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "and the model has 257; give the tokenizer.json" in said and said.count("\n") == 1
+    assert main([*COMMAND, "--probes", "mqar"]) == 0  # with the tokens that both have
     save_tokenizer(byte_tokenizer(), folder)
-    assert main([*COMMAND, "--probes", "mqar"]) == 0
+    assert main([*COMMAND, "--probes", "mqar", "--out", "bytes"]) == 0

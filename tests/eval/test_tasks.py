@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from retentive.cli import main
-from retentive.data.tokenizer import end_id
+from retentive.data.tokenizer import TextTokenizer, end_id, load_tokenizer
 from retentive.errors import InputError
-from retentive.eval.tokens import TextTokenizer
 
 from .conftest import build, report, text, write_model
 
@@ -300,15 +300,16 @@ def test_the_adaptor_has_a_name_in_lm_eval(lm_eval, folder):
     [
         (None, 0, True),
         ({}, 0, True),
-        ({"bos_token": "a"}, "a", False),
-        ({"bos_token": {"content": "a"}, "add_bos_token": True}, "a", True),
+        ({"bos_token": {"content": "a"}}, "a", True),
         ({"bos_token": "<|end|>", "add_bos_token": False}, 0, False),
+        ({"bos_token": "a", "eos_token": "<|end|>", "add_bos_token": True}, "a", False),
+        ({"eos_token": "e"}, "e", False),
     ],
 )
 def test_texts_begin_as_the_folder_says(folder, tokenizer, config, begin, put_before):
     if config is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    text = TextTokenizer.load(folder)
+    text = TextTokenizer(load_tokenizer(folder))
     assert text.begin == (tokenizer.token_to_id(begin) if begin else end_id(tokenizer))
     ids = tokenizer.encode("the state").ids
     assert text.encode("the state", begin=False) == ids
@@ -361,10 +362,64 @@ def test_results_of_another_model_are_left_alone(tasks, capsys, tokenizer):
     assert "holds results of another model" in capsys.readouterr().err
 
 
+def test_results_of_another_way_to_begin_texts_are_left_alone(tasks, capsys):
+    command = ["eval", "tasks", "runs/demo", "--include", "tasks", "--tasks", "choice"]
+    assert main(command) == 0
+    settings = json.dumps({"bos_token": "a"})
+    (tasks.parent / "runs/demo/tokenizer_config.json").write_text(settings)
+    assert main(command) == 2
+    assert "holds results of another model" in capsys.readouterr().err
+
+
+def test_a_bad_document_stops_its_task_only(tasks, capsys):
+    rows = (tasks / "choice.jsonl").read_text().splitlines()
+    rows[2] = json.dumps(json.loads(rows[2]) | {"choices": []})
+    (tasks / "bad.jsonl").write_text("\n".join(rows))
+    bad = CHOICE.replace("task: choice", "task: bad").replace("test: choice", "test: bad")
+    (tasks / "bad.yaml").write_text(bad)
+    command = ["eval", "tasks", "runs/demo", "--include", "tasks", "--tasks", "bad", "choice"]
+    assert main(command) == 0
+    assert [row["task"] for row in report("tasks")["not_run"]] == ["bad"]
+    assert [row["task"] for row in report("tasks")["tasks"]] == ["choice"]
+    assert "bad not run: " in capsys.readouterr().out
+
+
 def test_without_lm_eval_a_line_says_what_to_install(tasks, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["eval", "tasks", "runs/demo", "--include", "tasks"]) == 2
     assert 'pip install "retentive[eval]"' in capsys.readouterr().err
+
+
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=str
+)
+def test_texts_begin_as_in_the_hf_model(lm_eval, folder, tokenizer, settings, template):
+    """A folder with the settings of other people's tokenizers; transformers asks the template."""
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers.processors import TemplateProcessing
+
+    import retentive.hf  # noqa: F401
+
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.add_special_tokens(list(LLAMA.values()))
+    if template:
+        begin = ("<s>", other.token_to_id("<s>"))
+        other.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    write_model(folder, "retnet", other)
+    (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA | settings))
+    theirs = HFLM(str(folder), dtype="float64", device="cpu", batch_size=3, max_length=512)
+    ours = lm_eval.RetentiveLM(folder, dtype="float64", batch_size=3)
+    pairs = requests((text(9), " the state"), ("", text(4)), ("of ", "it"))
+    expected = theirs.loglikelihood(pairs, disable_tqdm=True)
+    for one, other in zip(ours.loglikelihood(pairs), expected, strict=True):
+        assert one == pytest.approx(other, rel=EXACT)
+    texts = requests((text(30),), (text(3),))
+    expected = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(expected, rel=EXACT)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
+from retentive.data.tokenizer import load_tokenizer, save_tokenizer
 from retentive.errors import InputError
 from retentive.inference import session as sessions
 from retentive.inference.sampling import Sampling
@@ -230,7 +232,7 @@ def test_tokens_that_only_the_model_knows_are_never_drawn(byte_level):
 
 
 def test_bad_input(model, byte_level, tmp_path):
-    with pytest.raises(InputError, match="tokens"):
+    with pytest.raises(InputError, match="token 256 of the tokenizer, and the model has 8; give"):
         small = RetNet(RetNetConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_heads=1))
         Session(small, byte_level)
     with pytest.raises(InputError, match="stop string is empty"):
@@ -253,6 +255,57 @@ def test_bad_input(model, byte_level, tmp_path):
     model.init_state(1).save(tmp_path / "bare", fingerprint=sessions.fingerprint(model))
     with pytest.raises(InputError, match="no text"):
         Session.load(tmp_path / "bare", model, byte_level)
+
+
+def test_a_tokenizer_may_have_more_ids_than_the_model(model, byte_level, tmp_path):
+    """[PAD] behind the vocabulary, say; only a text that holds it is refused."""
+    larger = Tokenizer.from_str(byte_level.to_str())
+    larger.add_tokens(["beyond", *(f"<{n}>" for n in range(2)), "[PAD]"])
+    session = Session(model, larger, Sampling(repetition_penalty=1.2))
+    with pytest.raises(InputError, match=r"holds '\[PAD\]', token 260 of .* the model has 260"):
+        session.read(["a [PAD]"])
+    session.read(["a"])
+    whole = run(session, 3)
+    session.save(tmp_path / "state")
+    Session.load(tmp_path / "state", model, larger).step()
+    assert len(whole) == 1 and session.vocab_size == 260
+
+
+@pytest.mark.parametrize(
+    ("settings", "template", "before"),
+    [
+        (None, True, [END]),  # trained here on another's tokenizer: as its documents began
+        ({"bos_token": "a", "eos_token": "<|end|>", "add_bos_token": True}, False, []),
+        ({"bos_token": "a", "eos_token": "<|end|>"}, True, [97]),
+        ({"bos_token": "a"}, False, [97]),
+        ({}, False, [END]),
+    ],
+)
+def test_a_new_text_begins_as_in_transformers(
+    model, byte_level, tmp_path, settings, template, before
+):
+    own = Tokenizer.from_str(byte_level.to_str())
+    if template:
+        own.post_processor = TemplateProcessing(single="a $A", special_tokens=[("a", 97)])
+    save_tokenizer(own, tmp_path)
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    session = Session(model, load_tokenizer(tmp_path), GREEDY)
+    session.read(["hello", "x"])
+    texts = [[*before, *b"hello"], [*before, *b"x"]]
+    for _ in range(5):
+        session.step()
+        for text in texts:
+            text.append(int(model(torch.tensor([text]))[0][0, -1, :257].argmax()))
+        assert [row.last for row in session.rows] == [text[-1] for text in texts]
+    held = [[row.last] for row in session.rows]
+    session.read(["y", "z"])  # the same text goes on
+    session.step()
+    for text, last, more in zip(texts, held, ["y", "z"], strict=True):
+        assert text[-1:] == last
+        text += [*more.encode()]
+        text.append(int(model(torch.tensor([text]))[0][0, -1, :257].argmax()))
+    assert [row.last for row in session.rows] == [text[-1] for text in texts]
 
 
 def test_ids_may_have_gaps(model, byte_level):
