@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,6 +278,37 @@ def test_ctrl_c_leaves_nothing(source, tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
     assert main(["convert", str(source), str(tmp_path / "out")]) == 130
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_sigterm_leaves_nothing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        conversion, "bring_tokenizer", lambda *given: signal.raise_signal(signal.SIGTERM)
+    )
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", str(source), str(tmp_path / "out")])
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert sorted(tmp_path.iterdir()) == before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_killed_processes_left_is_removed(source, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stale, ours, running, others = (
+        tmp_path / f".{name}.{process}.partial"
+        for name, process in (
+            ("out[1]", ended.pid),
+            ("out[1]", os.getpid()),
+            ("out[1]", os.getppid()),
+            ("out1", ended.pid),
+        )
+    )
+    for folder in (stale, ours, running, others):
+        folder.mkdir()
+    assert main(["convert", str(source), str(tmp_path / "out[1]")]) == 0
+    there = {folder.name for folder in tmp_path.iterdir()}
+    assert there == {"source", "out[1]", running.name, others.name}
 
 
 def test_options(source, refused):
