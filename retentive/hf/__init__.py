@@ -9,6 +9,8 @@ try:
 except ImportError as error:
     raise ImportError('retentive.hf takes transformers: pip install "retentive[hf]"') from error
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from retentive.hf.cache import RetentiveCache
 from retentive.hf.config import RetentiveConfig, RetentiveTransformerConfig
 from retentive.hf.model import (
@@ -35,4 +37,6 @@ for _model in (
     _config = _model.config_class
     AutoConfig.register(_config.model_type, _config)
     AutoModelForCausalLM.register(_config, _model)
+    # Trainer asks here by whose labels to shift, where it smooths them.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _model.__name__
     AutoTokenizer.register(_config, fast_tokenizer_class=RetentiveTokenizer)

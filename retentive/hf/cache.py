@@ -42,7 +42,7 @@ class RetentiveCache(Cache):
         return self.seen
 
     def real(self, attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Which of the next tokens `[B,T]` are real, bool `[B,T]`; None for all.
+        """Which of the next tokens `[B,T]` are real, bool `[B,T]`; None if all are.
 
         attention_mask: `[B, seen + T]`. InputError where it contradicts what has been read.
         """
@@ -61,9 +61,10 @@ class RetentiveCache(Cache):
                 "attention_mask calls tokens padding that past_key_values has read, or the other"
                 " way round (rows that end early read pads); begin again without past_key_values"
             )
-        return mask[:, self.seen :]
+        real = mask[:, self.seen :]
+        return None if real.all() else real
 
-    def add(self, tokens: Tensor, real: Tensor | None, state: RetNetState) -> None:
+    def add(self, tokens: Tensor, real: Tensor | None, state: RetNetState | None) -> None:
         """`state` has read tokens `[B,T]` (or embeddings), `real` `[B,T]` of them, None for all."""
         rows, columns = tokens.shape[:2]
         if real is not None or self.mask is not None:
@@ -80,7 +81,7 @@ class RetentiveCache(Cache):
         self._mark = self.state
         self._since: list[Tensor] = []  # read since then
 
-    def read_again(self, state: RetNetState) -> None:
+    def read_again(self, state: RetNetState | None) -> None:
         """`state` has read `unread`, too."""
         self.state, self.unread = state, None
         self.mark()

@@ -27,8 +27,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-`retentive convert --to fla` makes of this folder one that opens without `retentive`, in
-flash-linear-attention.
+If flash-linear-attention has models of this kind, `retentive convert --to fla` makes of this folder
+one that opens there without `retentive`; if not, it says which fields are in the way.
 """
 
 

@@ -1,10 +1,12 @@
 """The configs that transformers sees: our fields beside its own."""
 
 import dataclasses
+from os import PathLike
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from retentive.errors import InputError
 from retentive.models.config import (
     BOOKKEEPING,
     QUANTIZED,
@@ -12,10 +14,6 @@ from retentive.models.config import (
     RetNetConfig,
     TransformerConfig,
 )
-
-# What PreTrainedConfig takes beside BOOKKEEPING; any other key is a field of ours, or a mistake.
-_THEIRS = BOOKKEEPING | {field.name for field in dataclasses.fields(PreTrainedConfig)}
-_THEIRS |= {"attn_implementation", "experts_implementation", "num_labels"}
 
 
 class RetentiveConfig(PreTrainedConfig):
@@ -30,6 +28,11 @@ class RetentiveConfig(PreTrainedConfig):
     native: ClassVar[type[ModelConfig]] = RetNetConfig
     has_no_defaults_at_init: ClassVar[bool] = True
 
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
     def __post_init__(self, **fields: Any):
         theirs = {key: fields.pop(key) for key in list(fields) if _is_theirs(key)}
         ours = self.native.from_dict(fields)
@@ -39,8 +42,7 @@ class RetentiveConfig(PreTrainedConfig):
 
     def as_native(self) -> ModelConfig:
         """Our config, of the fields as they are now."""
-        names = (field.name for field in dataclasses.fields(self.native))
-        return self.native.from_dict({name: getattr(self, name) for name in names})
+        return self.native.from_dict({name: getattr(self, name) for name in self._names()})
 
     def to_dict(self) -> dict[str, Any]:
         """Their keys, and ours as `config.json` has them."""
@@ -48,12 +50,30 @@ class RetentiveConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As `to_dict`, without those of their keys that have their defaults."""
-        return self._with_ours(super().to_diff_dict())
+        output = super().to_diff_dict()
+        for field in dataclasses.fields(self):
+            if field.name in output and output[field.name] == field.default:
+                del output[field.name]
+        return self._with_ours(output)
+
+    def to_json_file(self, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
+        """Raises InputError, and writes nothing, where the file would open nowhere again."""
+        ours = self._names()
+        strange = [key for key in self.to_dict() if key not in ours and not _is_theirs(key)]
+        if strange:
+            raise InputError(
+                f"config.{strange[0]} is no field of a model; keep it in a file of its own and"
+                f" del config.{strange[0]} before you save"
+            )
+        super().to_json_file(json_file_path, use_diff)
 
     def _with_ours(self, output: dict[str, Any]) -> dict[str, Any]:
-        names = {field.name for field in dataclasses.fields(self.native)}
+        names = self._names()
         theirs = {key: value for key, value in output.items() if key not in names}
         return theirs | self.as_native().to_dict() | {"model_type": self.model_type}
+
+    def _names(self) -> set[str]:
+        return {field.name for field in dataclasses.fields(self.native)}
 
 
 class RetentiveTransformerConfig(RetentiveConfig):
@@ -70,4 +90,4 @@ class RetentiveQuantizedConfig(RetentiveConfig):
 
 
 def _is_theirs(key: str) -> bool:
-    return key in _THEIRS or key.startswith("_")
+    return key in BOOKKEEPING or key.startswith("_")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
@@ -73,6 +74,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        position_ids: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits `[B,T,vocab]`, loss, and the cache after these tokens.
 
@@ -82,18 +84,32 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
             before it. The loss never forms all logits, and in training no logits are returned
             beside it unless `logits_to_keep` asks: the last n, 0 for all, or indices of columns.
         num_items_in_batch: what the sum of the losses is divided by; left out, their number.
-        use_cache: True unless training.
+        use_cache: that of the config, True unless said, but False in training.
+        output_hidden_states: that of the config unless given.
+        position_ids: refused, since attention_mask says where rows begin.
         """
-        if output_attentions:
+        if self.config.output_attentions if output_attentions is None else output_attentions:
             raise InputError("retention forms no attention weights; leave output_attentions out")
+        if position_ids is not None:
+            raise InputError(
+                "position_ids are not read: documents packed by them would be one text; give each a"
+                " row of its own, and an attention_mask where rows are padded"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         tokens = _one_of(input_ids, inputs_embeds)
         cache = RetentiveCache() if past_key_values is None else checked(past_key_values)
         real = cache.real(attention_mask, tokens)
         if cache.records:
             tokens, real = self._read_ahead(cache, tokens, real, logits_to_keep)
+        if past_key_values is not None and labels is None and _only_pads(real):
+            cache.add(tokens, real, cache.state)
+            return self._of_pads(tokens, cache, logits_to_keep, output_hidden_states)
 
         layout = self.retentive.layout(tokens, cache.state, real)
-        if past_key_values is None and (self.training if use_cache is None else not use_cache):
+        if past_key_values is None and not use_cache:
             layout = dataclasses.replace(layout, keeps_state=False)
         with _inputs(self.retentive.layers if output_hidden_states else ()) as hidden_states:
             h, after = self.retentive.hidden(layout.unpad(tokens), cache.state, layout=layout)
@@ -114,6 +130,23 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,  # pyright: ignore[reportArgumentType]
             past_key_values=None if after is None else cache,
             hidden_states=tuple(map(layout.pad, [*hidden_states, h])) if hidden_states else None,  # pyright: ignore
+        )
+
+    def _of_pads(
+        self,
+        tokens: Tensor,
+        cache: RetentiveCache,
+        logits_to_keep: int | Tensor | None,
+        output_hidden_states: bool | None,
+    ) -> CausalLMOutputWithPast:
+        """Zeros: `generate` reads a prompt in chunks, and in the first no row may have begun."""
+        config, shape = self.config, tokens.shape[:2]
+        zeros = torch.zeros(*shape, config.vocab_size, dtype=self.dtype, device=tokens.device)
+        states = (zeros.new_zeros(*shape, config.hidden_size),) * (config.num_hidden_layers + 1)
+        return CausalLMOutputWithPast(
+            logits=zeros[:, _columns(logits_to_keep)],  # pyright: ignore[reportArgumentType]
+            past_key_values=cache,
+            hidden_states=states if output_hidden_states else None,  # pyright: ignore
         )
 
     def _read_ahead(
@@ -137,10 +170,13 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         cache.mark()
         return rest, rest_real
 
-    def _read(self, tokens: Tensor, real: Tensor | None, state: RetNetState | None) -> RetNetState:
+    def _read(
+        self, tokens: Tensor, real: Tensor | None, state: RetNetState | None
+    ) -> RetNetState | None:
+        if _only_pads(real):
+            return state
         layout = self.retentive.layout(tokens, state, real)
         _, after = self.retentive.hidden(layout.unpad(tokens), state, layout=layout)
-        assert after is not None
         return after
 
     # Folders
@@ -148,7 +184,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
         """As transformers has it. Where nothing else is said, `generate` ends at the tokenizer's
-        end of a text. Raises InputError for weights on several devices.
+        end of a text, and pads with it. Raises InputError for weights on several devices.
         """
         asked = dict(kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -161,9 +197,15 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         for module in model.modules():
             if isinstance(module, Constant):
                 module.to(model.device)
-        if model.generation_config.eos_token_id is None:
+        said = model.generation_config
+        unsaid = [name for name in ("eos_token_id", "pad_token_id") if getattr(said, name) is None]
+        if unsaid and pretrained_model_name_or_path is not None:
             end = end_of_text(pretrained_model_name_or_path, asked)
-            model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
+            for name in unsaid:
+                by_config = getattr(
+                    model.config, name
+                )  # a caller's, which transformers passes over
+                setattr(said, name, end if by_config is None else by_config)
         return loaded
 
     def save_pretrained(
@@ -207,6 +249,23 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
         self.retentive.checkpoint_layers = on
+
+    def _replicate_for_data_parallel(self):
+        # `retentive` of a replica would still be the model on the first GPU.
+        raise InputError(
+            "nn.DataParallel cannot hold this model; start the program with torchrun, a process"
+            " for each GPU, or set CUDA_VISIBLE_DEVICES=0"
+        )
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers has it, without what `generate` has beside what `forward` reads."""
+        for name in ("tokenizer", "position_ids"):
+            kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            *args, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -259,6 +318,10 @@ def _one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     if input_ids is None or inputs_embeds is not None:
         raise InputError("give either input_ids or inputs_embeds")
     return input_ids
+
+
+def _only_pads(real: Tensor | None) -> bool:
+    return real is not None and not bool(real.any())
 
 
 def _columns(logits_to_keep: int | Tensor | None) -> slice | Tensor:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from retentive.data.tokenizer import END, FILE, end_id, load_tokenizer
@@ -29,16 +30,16 @@ class RetentiveTokenizer(PreTrainedTokenizerFast):
         found = None if opened.eos_token else end_of_text(name, kwargs)
         if found is None:
             return opened
+        said = get_tokenizer_config(name, **_where(kwargs)) | kwargs
         end = opened.convert_ids_to_tokens(found)
-        tokens: dict[str, Any] = {"eos_token": end, "pad_token": opened.pad_token or end}
+        options: dict[str, Any] = {"padding_side": said.get("padding_side", "left")}
+        names = ["eos_token", "pad_token"]
         if end == END:
-            tokens |= {"bos_token": end, "add_bos_token": True}
-        return PreTrainedTokenizerFast(
-            tokenizer_object=opened.backend_tokenizer,
-            name_or_path=str(name),
-            padding_side=kwargs.get("padding_side", "left"),
-            **tokens,
-        )
+            names.append("bos_token")
+            # transformers passes over what a tokenizer_config.json says of this one
+            options["add_bos_token"] = said.get("add_bos_token", True)
+        options |= {name: end for name in names if getattr(opened, name) is None}
+        return PreTrainedTokenizerFast.from_pretrained(name, *inputs, **kwargs | options)
 
 
 def end_of_text(name: Any, kwargs: dict[str, Any]) -> int | None:
@@ -46,13 +47,12 @@ def end_of_text(name: Any, kwargs: dict[str, Any]) -> int | None:
 
     `kwargs` may say where, as for `from_pretrained`. None without a tokenizer or such a token.
     """
-    where = {key: kwargs[key] for key in _WHERE if key in kwargs}
     file = cached_file(
         name,
         FILE,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
-        **where,
+        **_where(kwargs),
     )
     if file is None:
         return None
@@ -60,3 +60,7 @@ def end_of_text(name: Any, kwargs: dict[str, Any]) -> int | None:
         return end_id(load_tokenizer(file))
     except InputError:
         return None
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in _WHERE if key in kwargs}

@@ -1,5 +1,6 @@
 """Our folders are transformers' folders: either opens what the other wrote, bit by bit."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -24,6 +26,7 @@ from retentive.compress.quantize import quantize
 from retentive.data.tokenizer import END, load_tokenizer, save_tokenizer
 from retentive.errors import InputError
 from retentive.models.checkpoint import load, load_config, save_model
+from retentive.models.config import BOOKKEEPING
 from retentive.models.layout import Constant
 from retentive.models.retnet import RetNet
 
@@ -118,6 +121,42 @@ def test_configs(folder) -> None:
             type(config)(**{**fields, **change})
 
 
+def test_what_a_call_says_of_the_config(make_folder) -> None:
+    folder = make_folder("retnet")
+    opened = AutoModelForCausalLM.from_pretrained(folder, eos_token_id=3, use_cache=False)
+    assert (opened.config.eos_token_id, opened.config.use_cache) == (3, False)
+    assert opened.generation_config.eos_token_id == 3
+    plain = AutoConfig.from_pretrained(folder)
+    assert (plain.use_cache, plain.eos_token_id, plain.pad_token_id) == (True, None, None)
+    assert not {"use_cache", "bos_token_id"} & plain.to_diff_dict().keys()
+
+
+def test_their_own_keys_open_again(make_folder, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_folder("retnet"))
+    model.config.update({"num_labels": 3, "chunk_size_feed_forward": 1, "use_cache": False})
+    model.config.problem_type = "single_label_classification"
+    model.save_pretrained(tmp_path)
+    for use_diff in (True, False):
+        model.config.to_json_file(tmp_path / "config.json", use_diff=use_diff)
+        assert load(tmp_path).config == model.config.as_native()
+        config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+        assert (config.num_labels, config.use_cache) == (3, False)
+    assert {field.name for field in dataclasses.fields(PreTrainedConfig)} <= BOOKKEEPING
+
+
+def test_a_key_of_nobodys_is_refused_before_anything_is_written(make_folder) -> None:
+    folder = make_folder("retnet")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.my_note = "x"
+    with pytest.raises(InputError, match=r"config\.my_note .* del config\.my_note"):
+        model.save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert "my_note" in repr(model.config)
+    del model.config.my_note
+    model.save_pretrained(folder)
+
+
 def test_quantised_folders_are_refused(make_folder, tmp_path) -> None:
     folder = make_folder("retnet")
     save_model(quantize(load(folder), bits=8), tmp_path / "int8")
@@ -148,9 +187,19 @@ def test_the_end_of_a_text_ends_generation(make_folder, tmp_path) -> None:
     model.generation_config.save_pretrained(folder)
     kept = AutoModelForCausalLM.from_pretrained(folder).generation_config
     assert kept.eos_token_id == [5, 6]
+    GenerationConfig(pad_token_id=7).save_pretrained(folder)
+    kept = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert (kept.eos_token_id, kept.pad_token_id) == (0, 7)
     (folder / "tokenizer.json").unlink()
     (folder / "generation_config.json").unlink()
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id is None
+
+
+def test_weights_given_instead_of_a_folder_need_no_name(make_folder, monkeypatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_folder("retnet"))
+    monkeypatch.setattr("retentive.hf.model.end_of_text", None)  # a call would fail
+    weights = {"config": model.config, "state_dict": model.state_dict()}
+    assert same_weights(hf.RetentiveForCausalLM.from_pretrained(None, **weights), model)
 
 
 def test_tokenizers(make_folder, tmp_path) -> None:
@@ -170,6 +219,25 @@ def test_tokenizers(make_folder, tmp_path) -> None:
     assert AutoTokenizer.from_pretrained(folder, eos_token="a").eos_token == "a"
 
 
+def test_what_is_said_of_a_tokenizer_is_kept(make_folder) -> None:
+    folder = make_folder("retnet")
+    said = {"model_max_length": 16, "truncation_side": "left", "chat_template": "{{messages}}"}
+    said |= {"padding_side": "right", "bos_token": "a", "pad_token": "b", "unk_token": "c"}
+    kept = {**said, "eos_token": END}
+    opened = AutoTokenizer.from_pretrained(folder, extra_special_tokens=["<x>"], **said)
+    assert {key: getattr(opened, key) for key in kept} == kept
+    assert "<x>" in opened.all_special_tokens
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(said))
+    opened = AutoTokenizer.from_pretrained(folder)
+    assert {key: getattr(opened, key) for key in kept} == kept
+    assert opened("b").tokens() == ["a", "b"]
+    assert AutoTokenizer.from_pretrained(folder, add_bos_token=False)("b").tokens() == ["b"]
+    settings.write_text(json.dumps(said | {"add_bos_token": False}))
+    assert AutoTokenizer.from_pretrained(folder)("b").tokens() == ["b"]
+    assert AutoTokenizer.from_pretrained(folder, add_bos_token=True)("b").tokens() == ["a", "b"]
+
+
 def test_tokenizers_of_others(make_folder) -> None:
     folder = make_folder("retnet")
     other = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="a"))
@@ -185,7 +253,8 @@ def test_the_card_says_how_to_open_the_folder(make_folder, tmp_path) -> None:
     model, saved = AutoModelForCausalLM.from_pretrained(make_folder("retnet")), tmp_path / "saved"
     model.save_pretrained(saved)
     card = (saved / "README.md").read_text()
-    for words in ("import retentive.hf", "retentive[hf]", '"saved"', "convert --to fla"):
+    promise = "If flash-linear-attention has models of this kind, `retentive convert --to fla`"
+    for words in ("import retentive.hf", "retentive[hf]", '"saved"', promise):
         assert words in card
     (saved / "README.md").write_text("mine")
     model.save_pretrained(saved)

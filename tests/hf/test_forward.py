@@ -72,6 +72,18 @@ def test_hidden_states(ours, theirs, tokens, mask) -> None:
     assert theirs(tokens).hidden_states is None
 
 
+def test_what_the_config_says_of_a_call(make_folder, tokens) -> None:
+    folder = make_folder("retnet")
+    model = AutoModelForCausalLM.from_pretrained(folder, use_cache=False, output_hidden_states=True)
+    assert model(tokens).past_key_values is None and len(model(tokens).hidden_states) == 3
+    asked = model(tokens, use_cache=True, output_hidden_states=False)
+    assert asked.past_key_values.seen == 12 and asked.hidden_states is None
+    model.config.use_cache = True
+    assert model(tokens).past_key_values is not None
+    model.config.output_attentions = True
+    refused("output_attentions", model, tokens)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_labels(theirs, tokens, mask, padded) -> None:
     """As by all logits: each real token's loss at the real token before it."""
@@ -156,6 +168,7 @@ def test_mistakes(make_folder, tokens, mask) -> None:
     refused("marks no token", model, tokens, torch.zeros_like(mask))
     refused("DynamicCache.*RetentiveCache", model, tokens, past_key_values=DynamicCache())
     refused("output_attentions", model, tokens, output_attentions=True)
+    refused("documents packed by them", model, tokens, position_ids=torch.zeros_like(tokens))
     refused("labels are", model, tokens, labels=tokens[:, 1:])
     read = model(tokens, mask).past_key_values
     refused(r"give \[3, 13\]", model, tokens[:, :1], mask[:, :1], read)

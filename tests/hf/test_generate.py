@@ -7,7 +7,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoTokenizer, TextIteratorStreamer, pipeline
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 import retentive
 import retentive.hf as hf
@@ -104,6 +110,37 @@ def test_streamers(theirs, tokens, folder) -> None:
     assert "".join(streamer) == tokenizer.decode(made[0, 12:])
 
 
+def test_stop_strings(theirs, tokens, folder) -> None:
+    tokenizer, given = AutoTokenizer.from_pretrained(folder), {"max_new_tokens": 40}
+    given["repetition_penalty"] = 1.5  # else one that is no letter may go on and on
+    whole = theirs.generate(tokens[:1], **given)[0, 12:]
+    letters = [tokenizer.decode(token) for token in whole]
+    end = next(i for i, letter in enumerate(letters) if i > 3 and letter.isalpha())
+    given |= {"stop_strings": letters[end], "tokenizer": tokenizer}
+    made = theirs.generate(tokens[:1], **given)[0, 12:]
+    assert torch.equal(made, whole[: letters.index(letters[end]) + 1])
+
+
+def test_chunks_of_a_prompt_that_are_pads_for_every_row(theirs, tokens) -> None:
+    mask = torch.ones_like(tokens)
+    mask[:, :9] = 0
+    mask[0, 9] = 0
+    prompt = {"attention_mask": mask, "return_dict_in_generate": True, **GREEDY}
+    expected = theirs.generate(tokens, **prompt)
+    for more in ({}, {"output_hidden_states": True}, {"prompt_lookup_num_tokens": 2}):
+        rows = slice(1, 2) if "prompt_lookup_num_tokens" in more else slice(None)
+        given = prompt | more | {"attention_mask": mask[rows], "prefill_chunk_size": 4}
+        made = theirs.generate(tokens[rows], **given)
+        assert torch.equal(made.sequences, expected.sequences[rows])
+    cache = hf.RetentiveCache()
+    skipped = theirs(tokens[:, :4], mask[:, :4], cache, output_hidden_states=True)
+    assert skipped.logits.shape == (3, 4, 257) and not skipped.logits.any()
+    assert [state.shape for state in skipped.hidden_states] == [(3, 4, 32)] * 3
+    assert cache.get_seq_length() == 4
+    rest = theirs(tokens[:, 4:], mask, cache).logits
+    assert (rest - theirs(tokens, mask).logits[:, 4:]).abs().max() < 1e-12
+
+
 def test_turns(theirs, tokens) -> None:
     """A second turn goes on from the cache of the first, which may be a copy."""
     ones = torch.ones_like(tokens)
@@ -162,6 +199,17 @@ def test_assisted_decoding_is_exact(ours, theirs, tokens, padded) -> None:
         assert torch.equal(made[0, prompt.shape[1] :], expected)
         assert cache.seen == made.shape[1] - 1
     assert any(n < 0 for n in crops)
+
+
+def test_it_assists_a_model_that_counts_positions(make_folder, tokens) -> None:
+    assistant = hf.RetentiveForCausalLM.from_pretrained(make_folder("retnet"))
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=257, hidden_size=32, eos_token_id=None, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(config).eval()
+    given = {"attention_mask": torch.ones_like(tokens[:1]), **GREEDY}
+    expected = llama.generate(tokens[:1], **given)
+    assert torch.equal(llama.generate(tokens[:1], assistant_model=assistant, **given), expected)
 
 
 def test_a_cache_that_records_goes_back_and_branches(theirs, tokens) -> None:

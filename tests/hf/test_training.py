@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import retentive.hf  # noqa: F401
+from retentive.errors import InputError
 from retentive.models.checkpoint import load
 from retentive.models.layers import Recomputing
 
@@ -86,6 +87,21 @@ def test_evaluation(make_folder, tmp_path) -> None:
     assert told == pytest.approx(model(**rows).loss.item(), rel=1e-5)
     predicted = run.predict(batch).predictions
     assert torch.allclose(torch.from_numpy(predicted), model(**rows).logits, atol=1e-5)
+
+
+def test_smoothed_labels_are_those_of_the_next_tokens(make_folder, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_folder("retnet")).eval()
+    run = trainer(model, tmp_path, label_smoothing_factor=1e-9)
+    batch = {key: torch.stack([Texts()[i][key] for i in range(4)]) for key in Texts()[0]}
+    expected = model(**batch).loss.item()
+    assert run.compute_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_data_parallel_is_refused(make_folder) -> None:
+    """Its replicas would compute with the weights on the first GPU."""
+    model = AutoModelForCausalLM.from_pretrained(make_folder("retnet"))
+    with pytest.raises(InputError, match=r"torchrun.*CUDA_VISIBLE_DEVICES=0"):
+        model._replicate_for_data_parallel()
 
 
 @pytest.mark.parametrize("folder", ["retnet-tied", "hybrid"], indirect=True)
