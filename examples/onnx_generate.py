@@ -27,7 +27,7 @@ tokenizer.encode_special_tokens = True  # "<|end|>" in a prompt is text
 names = list(about["inputs"])  # tokens, positions, the state of each layer
 of_start = (about["inputs"][name] for name in names[1:])
 carried = [np.zeros([1, *x["shape"][1:]], x["dtype"]) for x in of_start]
-ids = [about["end_token"]]  # as in training, a text begins where another ended
+ids = about["begin_tokens"]  # what a text begins with, as in training
 ids += tokenizer.encode(given.prompt, add_special_tokens=False).ids
 for start in range(0, len(ids), about["piece"]):
     tokens = np.array([ids[start : start + about["piece"]]])

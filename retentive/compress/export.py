@@ -19,7 +19,7 @@ from torch.func import functional_call
 from retentive import __version__
 from retentive.compress.export_formats import FORMATS, Format, Run
 from retentive.compress.folders import check_new, new_folder
-from retentive.data.tokenizer import end_id, save_tokenizer
+from retentive.data.tokenizer import TextTokenizer, save_tokenizer
 from retentive.errors import InputError, nearest
 from retentive.models.checkpoint import WEIGHTS, save_model
 from retentive.models.files import write_text
@@ -81,6 +81,7 @@ def export(
     out, kind = Path(out), check_format(format)
     check_new(out)
     retnet = _plain(model)
+    texts = None if tokenizer is None else TextTokenizer(tokenizer, model.config.vocab_size)
     with new_folder(out) as folder, torch.no_grad():
         save_model(retnet, folder)
         if tokenizer is not None:
@@ -88,7 +89,7 @@ def export(
         names = [f"state.{i}" for i in range(len(retnet.layers))]
         for graph in GRAPHS:
             kind.write(trace(retnet, graph), folder / f"{graph}{kind.suffix}", names)
-        about = describe(retnet, format, None if tokenizer is None else end_id(tokenizer))
+        about = describe(retnet, format, texts)
         write_text(folder / DESCRIPTION, json.dumps(about, indent=2) + "\n")
         errors = check(retnet, lambda graph: kind.open(folder, graph))
         if not errors.passed:
@@ -160,7 +161,7 @@ def trace(model: RetNet, graph: str) -> ExportedProgram:
     return program
 
 
-def describe(model: RetNet, format: str, end_token: int | None) -> dict[str, Any]:
+def describe(model: RetNet, format: str, texts: TextTokenizer | None) -> dict[str, Any]:
     """What a program needs to run the graphs, as JSON. In a step "length" is 1."""
     _, *sizes = model.blocks[0].state_signature
     layers = range(len(model.layers))
@@ -172,7 +173,8 @@ def describe(model: RetNet, format: str, end_token: int | None) -> dict[str, Any
         "graphs": {graph: f"{graph}{FORMATS[format].suffix}" for graph in GRAPHS},
         "weights": WEIGHTS,
         "piece": PIECE,
-        "end_token": end_token,
+        "begin_tokens": [] if texts is None else texts.before,
+        "end_token": None if texts is None else texts.end,
         "inputs": {
             "tokens": {"dtype": "int64", "shape": ["batch", "length"]},
             "positions": positions,

@@ -10,7 +10,7 @@ import tyro
 from retentive.arguments import parse
 from retentive.compress.export import check_format, export
 from retentive.compress.folders import check_new
-from retentive.data.tokenizer import FILE, load_tokenizer
+from retentive.data.tokenizer import FILE, copy_tokenizer, load_tokenizer
 from retentive.models.checkpoint import load
 
 
@@ -48,6 +48,6 @@ def main(argv: Sequence[str]) -> None:
         f"checked against the model: relative error {errors.logits:.1e} in the logits,"
         f" {errors.state:.1e} in the state (at most {errors.allowed:.0e})"
     )
-    if not has_tokenizer:
+    if not copy_tokenizer(model_folder, out):
         print(f"{model_folder} holds no {FILE}: none is in {out}")
     print(f"wrote {out}")

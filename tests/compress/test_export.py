@@ -77,6 +77,7 @@ def exported(request, tmp_path_factory):
     model = build(CONFIGS[request.param])
     save_model(model, folder / "model")
     save_tokenizer(words(), folder / "model")
+    (folder / "model/tokenizer_config.json").write_text('{"bos_token": "w1"}')
     out = folder / "out"
     assert main(["export", str(folder / "model"), str(out), "--format", request.param]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["model", "out"]
@@ -174,7 +175,8 @@ def test_the_folder_is_still_a_model_folder(exported):
     _, model, out = exported
     for name, weight in load(out).state_dict().items():
         assert torch.equal(weight, model.state_dict()[name])
-    assert (out / "tokenizer.json").is_file()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).is_file()
 
 
 def test_the_description_is_what_the_graphs_take_and_give(exported):
@@ -183,6 +185,7 @@ def test_the_description_is_what_the_graphs_take_and_give(exported):
     format, model, out = exported
     about = json.loads((out / "export.json").read_text())
     assert (about["format"], about["end_token"], about["piece"]) == (format, 0, PIECE)
+    assert about["begin_tokens"] == [1]
     assert about["inputs"]["state.1"] == {"dtype": "float32", "shape": ["batch", 4, 8, 16]}
     if format != "onnx":
         return
