@@ -254,10 +254,7 @@ def _plain(model: LanguageModel) -> RetNet:
     for field, what in (("attention_layers", "attention layers"), ("xpos_base", "xPos")):
         if getattr(model.config, field):
             raise InputError(f"the model has {what} ({field}), which an export cannot hold yet")
-    if model.packed_from is not None:
-        raise InputError(
-            "the model was packed for inference; export it before pack_, or load it anew"
-        )
+    model.check_storable()
     kinds = {str(weight.dtype).removeprefix("torch.") for weight in model.state_dict().values()}
     if kinds != {"float32"}:
         raise InputError(

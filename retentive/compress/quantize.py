@@ -44,7 +44,7 @@ def quantize(model: LanguageModel, bits: int, group_size: int = 32) -> LanguageM
 
     With 4 bits embedding and head have 8. Raises InputError for a model that is quantised already.
     """
-    model.check_unpacked()
+    model.check_storable()
     check_source(model.config)
     scheme = Quantization(bits, source=fingerprint(model), group_size=group_size)
     made = empty_model(replace(model.config, quantization=scheme))

@@ -24,13 +24,10 @@ def save_model(model: LanguageModel, folder: str | Path) -> None:
 
     Raises InputError for a packed model, and for one whose texts begin with a tuned state.
     """
-    model.check_unpacked()
-    tensors = dict(model.state_dict())
-    if any(name.endswith(".initial_state") for name in tensors):
-        raise InputError("a tuned state is no part of a model folder; keep its adapter's folder")
+    model.check_storable()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_tensors(folder / WEIGHTS, dict(model.state_dict()), {"format": "pt"})
     write_text(folder / CONFIG, json.dumps(model.config.to_dict(), indent=2) + "\n")
 
 

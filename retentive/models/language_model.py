@@ -239,6 +239,14 @@ class LanguageModel(nn.Module):
                 "the model was packed for inference; do this before pack_, or load it anew"
             )
 
+    def check_storable(self) -> None:
+        """InputError for what no model folder holds: packed weights, a tuned initial state."""
+        self.check_unpacked()
+        if any(name.endswith(".initial_state") for name, _ in self.named_parameters()):
+            raise InputError(
+                "a tuned state is no part of a model folder; keep its adapter's folder"
+            )
+
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first layer reads, `[...,D]`, of tokens `[...]` or of rows of `embed_tokens`."""
         if tokens.is_floating_point():

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from retentive.compress.quantize import quantize
+from retentive.errors import InputError
+from retentive.models.checkpoint import save_model
 from retentive.models.language_model import LanguageModel
 from retentive.models.layers import MultiScaleRetention
 from retentive.models.state import RetNetState, concat
@@ -98,3 +101,13 @@ def test_its_gradient(tuned: LanguageModel, tokens: Tensor) -> None:
                 state.add_(direction)
         found = sum((g * d).sum().item() for g, d in zip(gradients, directions, strict=True))
         assert found == pytest.approx((ends[0] - ends[1]) / 2, rel=1e-6, abs=1e-13)
+
+
+def test_what_no_model_folder_holds_is_refused_in_a_line(tuned, tmp_path) -> None:
+    for refused in (
+        lambda: save_model(tuned, tmp_path / "saved"),
+        lambda: quantize(tuned.float(), 8),
+    ):
+        with pytest.raises(InputError, match="a tuned state is no part of a model folder"):
+            refused()
+    assert not list(tmp_path.iterdir())
