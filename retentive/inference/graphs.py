@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from retentive.inference.runner import DecodeRunner
+from retentive.inference.steps import Mix
 from retentive.models.fused import Fused, around, norm_parts
 from retentive.models.layers import MultiScaleRetention
 from retentive.models.retnet import RetNet
@@ -181,29 +182,26 @@ class _SlotRunner(DecodeRunner):
     ahead = 1  # else angles of a few positions would be recorded as constants
 
     def __init__(self, model: RetNet, state: RetNetState, active: Tensor):
-        super().__init__(model, state)
         self._active = active
+        super().__init__(model, state)
 
-    def _mix(
-        self,
-        retention: MultiScaleRetention,
-        h: Tensor,
-        S: Tensor,
-        gamma: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-    ) -> Tensor:
-        if around(retention.backend, h) is not Fused:
-            return super()._mix(retention, h, S, gamma, cos, sin)
+    def _mix(self, retention: MultiScaleRetention) -> Mix:
+        if around(retention.backend, self._like) is not Fused:
+            return super()._mix(retention)
         from retentive.ops.triton.decode import decode_step
 
-        K, V = S.shape[2:]
-        q, k, v, gate = retention.project(h.unsqueeze(1))
-        q, k, v = (y.unflatten(-1, (-1, n)) for y, n in ((q, K), (k, K), (v, V)))
-        tables = (cos[:, :1], sin[:, :1], cos[:, 1:], sin[:, 1:])
+        _, K, V = retention.state_shape
         norm, weight, bias, eps = norm_parts(retention.head_norm)
-        y = decode_step(
-            q, k, v, gate, S, gamma.squeeze(-1), *tables, self._active,
-            weight, bias, norm, retention.gate_act, eps,
-        )  # fmt: skip
-        return retention.o_proj(y).squeeze(1)
+        active = self._active  # for the runner itself would be held by its own step
+
+        def mix(h: Tensor, S: Tensor, gamma: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            q, k, v, gate = retention.project(h.unsqueeze(1))
+            q, k, v = (y.unflatten(-1, (-1, n)) for y, n in ((q, K), (k, K), (v, V)))
+            tables = (cos[:, :1], sin[:, :1], cos[:, 1:], sin[:, 1:])
+            y = decode_step(
+                q, k, v, gate, S, gamma.squeeze(-1), *tables, active,
+                weight, bias, norm, retention.gate_act, eps,
+            )  # fmt: skip
+            return retention.o_proj(y).squeeze(1)
+
+        return mix

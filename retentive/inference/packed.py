@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retentive.errors import InputError
 from retentive.models.files import fingerprint
 from retentive.models.language_model import LanguageModel
-from retentive.models.layers import FeedForward, MultiScaleRetention
+from retentive.models.layers import FeedForward, Layer, MultiScaleRetention
 from retentive.models.quantized import QuantizedLinear, joined_bias
 
 ROWS = 8  # that the layout is chosen for: few rows are bound by memory, at many it matters little
@@ -33,6 +33,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
+    def function(self) -> Layer:
+        product, weight, bias = torch.ops.mkldnn._linear_pointwise, self._weight, self._bias
+        return lambda x: product(x, weight, bias, "none", [], "")
+
 
 class FusedProjections(nn.Module):
     """Several projections of the same x as one product: a tuple of their outputs."""
@@ -41,16 +45,20 @@ class FusedProjections(nn.Module):
         super().__init__()
         linears = [linear for linear in projections if linear is not None]
         self._missing = [None] * (len(projections) - len(linears))  # a gate, the last if there
-        self._widths = [linear.out_features for linear in linears]
+        self.widths = [linear.out_features for linear in linears]
         quantized = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
         if quantized:
-            self._linear = QuantizedLinear.fused(quantized).prepare_()
+            self._product = QuantizedLinear.fused(quantized).prepare_()
         else:
             weight = torch.cat([linear.weight for linear in linears])
-            self._linear = PackedLinear(weight, joined_bias(linears))
+            self._product = PackedLinear(weight, joined_bias(linears))
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        return (*self._linear(x).split(self._widths, -1), *self._missing)
+        return (*self._product(x).split(self.widths, -1), *self._missing)
+
+    def function(self) -> Layer:
+        """The product before it is split."""
+        return self._product.function()
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from retentive.inference.steps import BlockStep, Mix, RetentionStep
 from retentive.models.language_model import LanguageModel
 from retentive.models.layers import MultiScaleRetention
-from retentive.models.layout import rotate
 from retentive.models.retnet import RetNet, RetNetBlock
 from retentive.models.state import RetNetState
 
@@ -65,8 +65,12 @@ class DecodeRunner:
     @torch.inference_mode()
     def __init__(self, model: RetNet, state: RetNetState):
         self.model, self.state = model, state
-        self._blocks = cast(list[RetNetBlock], list(model.layers))
-        decays = (block.retention.state_decay.unsqueeze(-1) for block in self._blocks)
+        self._like = torch.empty(0, dtype=model.dtype, device=model.device)
+        blocks = cast(list[RetNetBlock], list(model.layers))
+        self._blocks = [
+            BlockStep(block, self._mix(block.retention), model.device) for block in blocks
+        ]
+        decays = (block.retention.state_decay.unsqueeze(-1) for block in blocks)
         self._gammas = [decay.to(model.device, model.exact_dtype) for decay in decays]
         self._angles: list[tuple[Tensor, Tensor]] = []  # of the positions to come, the next last
 
@@ -76,46 +80,13 @@ class DecodeRunner:
         cos, sin = self._next_angles()
         layers = zip(self._blocks, self.state.layers, self._gammas, strict=True)
         for block, layer_state, gamma in layers:
-            x = self._block(block, x, layer_state.S, gamma, cos, sin)
+            x = block(x, layer_state.S, gamma, cos, sin)
         self.state.positions.add_(1)
         return self.model.head(self.model.norm(x))
 
-    def _block(
-        self, block: RetNetBlock, x: Tensor, S: Tensor, gamma: Tensor, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        """x `[B,D]` through a block, S `[B,H,K,V]`, gamma `[H,1|K,1]`, cos, sin `[B,2,H|1,K]`."""
-
-        def mix(h: Tensor) -> tuple[Tensor, None]:
-            return self._mix(block.retention, h, S, gamma, cos, sin), None
-
-        return block.around(x, mix)[0]
-
-    def _mix(
-        self,
-        retention: MultiScaleRetention,
-        h: Tensor,
-        S: Tensor,
-        gamma: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-    ) -> Tensor:
-        """The layer's y `[B,D]` of h `[B,D]`; the rest as for `_block`."""
-        rows, _, K, V = S.shape
-        q, k, v, gate = retention.project(h)
-        q, k, v = q.view(rows, -1, K), k.view(rows, -1, K), v.view(rows, -1, V)
-        q, k = rotate(torch.stack((q, retention.share(k)), 1).to(S.dtype), cos, sin).unbind(1)
-        o = self._retain(S, gamma, q, k, retention.share(v).to(S.dtype))
-        return retention.output(o.to(h.dtype), gate)
-
-    def _retain(self, S: Tensor, gamma: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """S ← γ S + kᵀ v, o = q S for q, k `[B,H,K]` and v `[B,H,V]` (paper §2.2).
-
-        With xPos γ is that of a channel, a row of S.
-        """
-        S.mul_(gamma)
-        matrices = S.flatten(0, 1)
-        matrices.baddbmm_(k.flatten(0, 1).unsqueeze(2), v.flatten(0, 1).unsqueeze(1))
-        return torch.bmm(q.flatten(0, 1).unsqueeze(1), matrices).view(v.shape)
+    def _mix(self, retention: MultiScaleRetention) -> Mix:
+        """What a step does in the place of a layer's retention."""
+        return RetentionStep(retention, self._like)
 
     def _next_angles(self) -> tuple[Tensor, Tensor]:
         """Of queries and keys `[B,2,H|1,K]` at the position of each row."""

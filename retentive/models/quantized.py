@@ -71,6 +71,13 @@ class QuantizedLinear(nn.Module):
             y = y.view(*x.shape[:-1], self.out_features)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """What is computed of x `[M,in]` on a CPU; see `inference.steps`."""
+        kernel, bias = self._kernel or self._make_kernel(), self.bias
+        if bias is None:
+            return lambda x: kernel(x).to(x.dtype)
+        return lambda x: (kernel(x) + bias).to(x.dtype)
+
     @property
     def weight(self) -> Tensor:
         """The weight as it is multiplied by, float32 `[N,K]`, computed anew."""
@@ -251,7 +258,7 @@ class WholeNumberKernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()
-        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(_TINY)
+        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # no norm: that is slow
         codes = torch.addcdiv(self.zero, x, largest, value=127).to(torch.uint8)
         weight = self.qweight, self.scales, self.zeros
         output = 1.0, 0, torch.float32, "none", [], ""  # not quantised, and nothing after it
