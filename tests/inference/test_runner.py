@@ -1,5 +1,8 @@
 """The decode runner and packed weights against the model's own calls."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -24,7 +27,14 @@ from retentive.models.transformer import Transformer
 SIZES = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4}
 CONFIGS = {
     "plain": RetNetConfig(**SIZES),
-    "gated": RetNetConfig(**SIZES, gated_ffn=True, hidden_act="swish", row_scale=True),
+    "gated": RetNetConfig(
+        **SIZES,
+        gated_ffn=True,
+        hidden_act="swish",
+        row_scale=True,
+        norm="rmsnorm",
+        head_norm="rmsnorm",
+    ),
     "ablated": RetNetConfig(**SIZES, gate=False, head_norm="none", tie_word_embeddings=True),
     "post-norm": RetNetConfig(
         **SIZES,
@@ -150,6 +160,21 @@ def test_dtypes_without_a_kernel_stay_as_they_are(tokens):
     assert model.packed_from is None
     logits, _ = model(tokens)
     logits.sum().backward()  # it is a model like any other
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_runner_is_freed_at_once(packed):
+    """It holds a state and what the steps are made of, none of it in a cycle."""
+    model = build("plain")
+    decoding = runner(pack_(model) if packed else model, model.init_state(2))
+    decoding.step(torch.tensor([1, 2]))
+    gone = weakref.ref(decoding)
+    gc.disable()
+    try:
+        del decoding
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_the_state_given_is_not_changed(tokens):
