@@ -182,11 +182,12 @@ class _SlotRunner(DecodeRunner):
     ahead = 1  # else angles of a few positions would be recorded as constants
 
     def __init__(self, model: RetNet, state: RetNetState, active: Tensor):
-        self._active = active
+        self._active = active  # before the steps are made, which have it in them
         super().__init__(model, state)
 
     def _mix(self, retention: MultiScaleRetention) -> Mix:
-        if around(retention.backend, self._like) is not Fused:
+        like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
+        if around(retention.backend, like) is not Fused:
             return super()._mix(retention)
         from retentive.ops.triton.decode import decode_step
 

@@ -34,12 +34,13 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
     def function(self) -> Layer:
+        """For `inference.steps`."""
         product, weight, bias = torch.ops.mkldnn._linear_pointwise, self._weight, self._bias
         return lambda x: product(x, weight, bias, "none", [], "")
 
 
 class FusedProjections(nn.Module):
-    """Several projections of the same x as one product: a tuple of their outputs."""
+    """Several projections of the same x as one `product`: a tuple of their outputs."""
 
     def __init__(self, projections: Sequence[nn.Linear | QuantizedLinear | None]):
         super().__init__()
@@ -48,17 +49,13 @@ class FusedProjections(nn.Module):
         self.widths = [linear.out_features for linear in linears]
         quantized = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
         if quantized:
-            self._product = QuantizedLinear.fused(quantized).prepare_()
+            self.product = QuantizedLinear.fused(quantized).prepare_()
         else:
             weight = torch.cat([linear.weight for linear in linears])
-            self._product = PackedLinear(weight, joined_bias(linears))
+            self.product = PackedLinear(weight, joined_bias(linears))
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        return (*self._product(x).split(self.widths, -1), *self._missing)
-
-    def function(self) -> Layer:
-        """The product before it is split."""
-        return self._product.function()
+        return (*self.product(x).split(self.widths, -1), *self._missing)
 
 
 @torch.no_grad()

@@ -65,11 +65,8 @@ class DecodeRunner:
     @torch.inference_mode()
     def __init__(self, model: RetNet, state: RetNetState):
         self.model, self.state = model, state
-        self._like = torch.empty(0, dtype=model.dtype, device=model.device)
         blocks = cast(list[RetNetBlock], list(model.layers))
-        self._blocks = [
-            BlockStep(block, self._mix(block.retention), model.device) for block in blocks
-        ]
+        self._blocks = [BlockStep(block, self._mix(block.retention)) for block in blocks]
         decays = (block.retention.state_decay.unsqueeze(-1) for block in blocks)
         self._gammas = [decay.to(model.device, model.exact_dtype) for decay in decays]
         self._angles: list[tuple[Tensor, Tensor]] = []  # of the positions to come, the next last
@@ -86,7 +83,7 @@ class DecodeRunner:
 
     def _mix(self, retention: MultiScaleRetention) -> Mix:
         """What a step does in the place of a layer's retention."""
-        return RetentionStep(retention, self._like)
+        return RetentionStep(retention)
 
     def _next_angles(self) -> tuple[Tensor, Tensor]:
         """Of queries and keys `[B,2,H|1,K]` at the position of each row."""

@@ -1,12 +1,12 @@
 """RMSNorm on a CPU, where torch's is composed of many passes and keeps x three times over.
 
-With a graph of few tokens calls cost more than passes, and torch's own is taken.
+At few tokens the reverse holds: there calls cost more than passes, and torch's own is taken, or
+while decoding `RMSNorm.function`, which has half as many.
 
 Shapes: x `[...,D]`, weight `[D]`, r `[...,1]`. Low precision is computed in float32, then cast.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,22 +22,26 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         # The compiler is asked first: a size that it compares becomes a limit of what it makes.
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < MANY:
             return super().forward(x)
         assert self.eps is not None
         if not torch.is_grad_enabled():
             return _rms_norm(x, self.weight, self.eps)[0]
-        if x.numel() < MANY:
-            return super().forward(x)
         y, r = _RMSNorm.apply(x, self.weight, self.eps)
         y.normed = Normed(x, self.weight, r, y._version)
         return y
 
     def function(self) -> Callable[[Tensor], Tensor]:
-        """What is computed on a CPU without a graph; see `inference.steps`."""
-        weight, eps = self.weight, self.eps
-        assert eps is not None
-        return lambda x: _rms_norm(x, weight, eps)[0]
+        """For few tokens on a CPU, without a graph (`inference.steps`)."""
+        assert self.eps is not None
+        weight, share = self.weight, 1 / self.normalized_shape[-1]
+        eps = torch.tensor(self.eps, dtype=torch.float64)  # without dims it changes no dtype
+
+        def normed(x: Tensor) -> Tensor:
+            length = torch.linalg.vector_norm(_exact(x), 2, -1, True)
+            return again(x, weight, torch.addcmul(eps, length, length, value=share).rsqrt_())
+
+        return normed
 
 
 class Normed(NamedTuple):
@@ -62,9 +66,10 @@ def again(x: Tensor, weight: Tensor | None, r: Tensor) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """y = x r w and r = 1 / √(|x|²/D + eps)."""
-    length = torch.linalg.vector_norm(_exact(x), 2, -1, True)
-    r = torch.addcmul(_scalar(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+    """y = x r w and r = √D / √(|x|² + D eps)."""
+    exact, size = _exact(x), x.shape[-1]
+    r = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    r = r.square_().add_(size * eps).rsqrt_().mul_(size**0.5)
     return again(x, weight, r), r
 
 
@@ -97,10 +102,3 @@ class _RMSNorm(Function):
 
 def _exact(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-@cache
-def _scalar(value: float) -> Tensor:
-    """It has no dimensions, so what it is added to keeps its dtype."""
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float64)

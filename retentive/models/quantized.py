@@ -65,15 +65,13 @@ class QuantizedLinear(nn.Module):
         if x.device.type != "cpu":
             y = F.linear(x, self.weight.to(x.dtype))
         else:
-            if self._kernel is None:
-                self._kernel = self._make_kernel()
-            y = self._kernel(x.reshape(-1, self.in_features))
+            y = self._made_kernel()(x.reshape(-1, self.in_features))
             y = y.view(*x.shape[:-1], self.out_features)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def function(self) -> Callable[[Tensor], Tensor]:
-        """What is computed of x `[M,in]` on a CPU; see `inference.steps`."""
-        kernel, bias = self._kernel or self._make_kernel(), self.bias
+        """For x `[M,in]` on a CPU (`inference.steps`)."""
+        kernel, bias = self._made_kernel(), self.bias
         if bias is None:
             return lambda x: kernel(x).to(x.dtype)
         return lambda x: (kernel(x) + bias).to(x.dtype)
@@ -114,7 +112,7 @@ class QuantizedLinear(nn.Module):
 
     def prepare_(self) -> Self:
         """Keeps the kernel's layout only: for decoding. It cannot be saved afterwards."""
-        self._kernel = self._make_kernel()
+        self._made_kernel()
         for name in STORED:
             setattr(self, name, None)
         return self
@@ -140,6 +138,11 @@ class QuantizedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own kernel: the layouts of some cannot be copied."""
         return {**self.__dict__, "_kernel": None}
+
+    def _made_kernel(self) -> Kernel:
+        if self._kernel is None:
+            self._kernel = self._make_kernel()
+        return self._kernel
 
     @torch.no_grad()
     def _make_kernel(self) -> Kernel:
@@ -258,7 +261,7 @@ class WholeNumberKernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()
-        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # no norm: that is slow
+        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # vector_norm(inf) is slow
         codes = torch.addcdiv(self.zero, x, largest, value=127).to(torch.uint8)
         weight = self.qweight, self.scales, self.zeros
         output = 1.0, 0, torch.float32, "none", [], ""  # not quantised, and nothing after it

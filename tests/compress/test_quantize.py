@@ -18,6 +18,7 @@ from retentive.compress.quantize import quantize, quantize_weight
 from retentive.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
 from retentive.errors import InputError
 from retentive.inference.packed import pack_
+from retentive.inference.runner import runner
 from retentive.models import quantized
 from retentive.models.checkpoint import load_config, save_model
 from retentive.models.config import Quantization, RetNetConfig, TransformerConfig
@@ -239,6 +240,18 @@ def test_the_forms_agree(name, bits, tokens):
         pieces.append(logits)
     assert typical(chunkwise, parallel) < 8 * BF16
     assert typical(torch.cat(pieces, 1), parallel) < 8 * BF16
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ["retnet", "retnet-tied", "retnet-biased"])
+@torch.no_grad()
+def test_packed_or_not_it_decodes_alike(name, bits, tokens):
+    made = quantize(build(name), bits)
+    _, state = made(tokens[:, :8])
+    plain, packed = runner(made, state), runner(pack_(copy.deepcopy(made)), state)
+    steps = [(plain.step(token), packed.step(token)) for token in tokens[:, 8:].unbind(1)]
+    one, other = (torch.stack(logits, 1) for logits in zip(*steps, strict=True))
+    assert typical(other, one) < 8 * BF16
 
 
 @pytest.mark.parametrize("name", CONFIGS)

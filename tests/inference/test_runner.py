@@ -34,6 +34,8 @@ CONFIGS = {
         row_scale=True,
         norm="rmsnorm",
         head_norm="rmsnorm",
+        ffn_subln="rmsnorm",
+        ffn_bias=True,
     ),
     "ablated": RetNetConfig(**SIZES, gate=False, head_norm="none", tie_word_embeddings=True),
     "post-norm": RetNetConfig(
