@@ -49,7 +49,7 @@ SIZES = {
         tokens=2_048_000,
         batch_size=4,
         seq_len=512,
-        learning_rates=(4e-3, 8e-3, 1.6e-2),
+        learning_rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
     ),
     "20m": Recipe(
         {"hidden_size": 384, "num_hidden_layers": 10, "num_heads": 6, **_LAYER},
