@@ -160,25 +160,33 @@ class Runs:
         """Fills the report's outcomes, those of earlier runs and those to come. False: stopped."""
         plan, steps = self.plan, self.plan.steps
         gemm_rate = measure_gemm_rate(self.device, self.dtype)
-        done = sum((self.folder / job.name / OUTCOME).exists() for job in plan.candidates())
+        for job in plan.candidates():
+            if (outcome := self.known(job)) is not None:
+                self.keep(job, outcome, report)
+        done = len(report.outcomes)
         with Display(done * steps, plan.runs * steps, 0.0) as display:
             for number, job in enumerate(plan.jobs(report.outcomes)):
-                if (outcome := self.known(job)) is None:
-                    display.say(f"run {number + 1} of {plan.runs}: {job}")
-                    display.gemm_seconds = self._flops_per_token(job) / gemm_rate
+                if job in report.outcomes:
+                    continue
+                display.say(f"run {number + 1} of {plan.runs}: {job}")
+                display.gemm_seconds = self._flops_per_token(job) / gemm_rate
 
-                    def show(step: int, loss: float, speed: float, before: int = number * steps):
-                        display.update(before + step, loss, speed)
+                def show(step: int, loss: float, speed: float, before: int = done * steps):
+                    display.update(before + step, loss, speed)
 
-                    outcome = self.finish(job, show)
-                    if outcome is None:
-                        return False
-                    display.say(f"  {outcome}")
-                # Only resuming needs them, and they are three times the model.
-                shutil.rmtree(self.folder / job.name / "checkpoints", ignore_errors=True)
-                report.outcomes[job] = outcome
-                report.save(self.folder.parent)
+                outcome = self.finish(job, show)
+                if outcome is None:
+                    return False
+                display.say(f"  {outcome}")
+                self.keep(job, outcome, report)
+                done += 1
         return True
+
+    def keep(self, job: Job, outcome: Outcome, report: Report) -> None:
+        # Only resuming needs them, and they are three times the model.
+        shutil.rmtree(self.folder / job.name / "checkpoints", ignore_errors=True)
+        report.outcomes[job] = outcome
+        report.save(self.folder.parent)
 
     def known(self, job: Job) -> Outcome | None:
         path = self.folder / job.name / OUTCOME

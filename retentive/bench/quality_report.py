@@ -99,7 +99,11 @@ class Report:
             },
             "machine": machine(resolve_device(plan.device)),
             "variants": [asdict(summary) for summary in self.summaries()],
-            "runs": [asdict(job) | asdict(outcome) for job, outcome in self.outcomes.items()],
+            "runs": [
+                asdict(job) | asdict(self.outcomes[job])
+                for job in plan.candidates()
+                if job in self.outcomes
+            ],
         }
 
     def summaries(self) -> list[Summary]:

@@ -212,6 +212,15 @@ def test_finished_runs_are_not_repeated_and_more_can_be_asked_for(options, updat
     assert report(options)["variants"][0]["valid_loss"]["count"] == 3
 
 
+def test_a_stopped_report_has_the_runs_behind_a_missing_one(options, updates, monkeypatch):
+    quality.run(options)
+    runs = report(options)["runs"]
+    (options.out / "runs" / "retnet-lr0.001-seed0" / "outcome.json").unlink()
+    monkeypatch.setattr(quality.Runs, "finish", lambda self, job, show: None)
+    quality.run(options)
+    assert report(options)["runs"] == runs[1:]
+
+
 class Killed(BaseException):
     pass
 
@@ -294,8 +303,8 @@ def test_a_diverged_run_is_a_result_and_the_others_go_on(options, monkeypatch, c
     monkeypatch.setattr(Trainer, "update", diverge)
     quality.run(options)
     runs = report(options)["runs"]
-    assert [r["diverged"] is None for r in runs] == [True, False, False, False, True]
-    assert runs[1]["diverged"] == "the loss of step 1 is not finite"
+    assert [r["diverged"] is None for r in runs] == [True, True, False, False, False]
+    assert runs[2]["diverged"] == "the loss of step 1 is not finite"
     retnet, transformer = report(options)["variants"]
     assert (retnet["lr"], retnet["at_edge"]) == (1e-3, True)
     assert transformer["lr"] is None and transformer["valid_loss"] is None
