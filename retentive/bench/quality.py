@@ -160,7 +160,7 @@ class Runs:
         """Fills the report's outcomes, those of earlier runs and those to come. False: stopped."""
         plan, steps = self.plan, self.plan.steps
         gemm_rate = measure_gemm_rate(self.device, self.dtype)
-        for job in plan.candidates():
+        for job in plan.jobs(report.outcomes):
             if (outcome := self.known(job)) is not None:
                 self.keep(job, outcome, report)
         done = len(report.outcomes)

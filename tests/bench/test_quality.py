@@ -212,6 +212,19 @@ def test_finished_runs_are_not_repeated_and_more_can_be_asked_for(options, updat
     assert report(options)["variants"][0]["valid_loss"]["count"] == 3
 
 
+def test_runs_at_a_rate_that_is_no_longer_the_best_are_not_counted(options, updates, capsys):
+    alone = replace(options, variants=("retnet",))
+    quality.run(replace(alone, learning_rates=(1e-3,)))
+    quality.run(alone)
+    assert report(options)["variants"][0]["lr"] == 1e-2
+    updates.clear()
+    capsys.readouterr()
+    quality.run(alone)
+    assert updates == []
+    assert len(report(options)["runs"]) == report(options)["plan"]["runs"] == 3
+    assert "3 of 3 runs" in capsys.readouterr().out
+
+
 def test_a_stopped_report_has_the_runs_behind_a_missing_one(options, updates, monkeypatch):
     quality.run(options)
     runs = report(options)["runs"]
