@@ -31,7 +31,7 @@ ALLOWED = {  # a room or a module beside the rooms -> the rooms it may import, b
 }
 MAY_IMPORT_ANYTHING = {"__init__", "__main__", "cli", "bench", "demo"}
 OPTIONAL = {"safetensors", "tokenizers", "tyro", "pydantic", "rich", "matplotlib", "transformers"}
-OPTIONAL |= {"accelerate", "peft"}
+OPTIONAL |= {"accelerate", "peft", "numba", "llvmlite"}
 OPTIONAL |= {"huggingface_hub", "triton", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "lm_eval"}
 
 

@@ -100,13 +100,11 @@ _MODEL = ("train", "prefill", "decode")
 _SHARED = 4  # query heads to a pair of keys and values, for GQA
 
 CONTENDERS = [
-    Contender("retnet", "ours", "chunkwise", ("train",), _AUTO),
-    Contender("retnet", "ours", "chunkwise, packed", ("prefill",), {**_AUTO, "packed": True}),
-    Contender("retnet-unpacked", "ours", "chunkwise", ("prefill",), _AUTO),
+    Contender("retnet", "ours", "chunkwise", ("train", "prefill"), _AUTO),
     Contender(
-        "retnet", "ours", "recurrent, packed", ("decode", "along"), {**_AUTO, "packed": True}
+        "retnet", "ours", "recurrent, runner", ("decode", "along"), {**_AUTO, "runner": True}
     ),
-    Contender("retnet-unpacked", "ours", "recurrent", ("decode",), _AUTO),
+    Contender("retnet-eager", "ours", "recurrent", ("decode",), _AUTO),
     Contender(
         "retnet",
         "ours",

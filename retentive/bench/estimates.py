@@ -52,7 +52,7 @@ def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
 
 def ours_by_graph(entry: Entry, case: dict[str, Any]) -> bool:
     """Whether states are copied into a recorded step's slots (`retentive.inference.graphs`)."""
-    return case["device"].startswith("cuda") and entry.contender.settings.get("packed", False)
+    return case["device"].startswith("cuda") and entry.contender.settings.get("runner", False)
 
 
 def _op_bytes(case: dict[str, Any], size: int, parallel: bool, recurrent: bool) -> int:

@@ -10,7 +10,7 @@ Value = Callable[[Row], float]
 # Ours in blues, what has a cache of keys and values in oranges, other RetNets in greens.
 _COLORS = {
     "retnet": "#1f4fa3",
-    "retnet-unpacked": "#6f9fe0",
+    "retnet-eager": "#6f9fe0",
     "retnet-parallel": "#8fb4ea",
     "retnet-recurrent": "#b0c9f0",
     "retnet-triton": "#0b2a66",

@@ -18,12 +18,12 @@ from retentive.arguments import parse
 from retentive.data.tokenizer import load_tokenizer
 from retentive.devices import resolve_device
 from retentive.errors import InputError
-from retentive.inference.packed import pack_
 from retentive.inference.runner import fastest_threads
 from retentive.inference.sampling import Sampling
 from retentive.inference.session import Piece, Session
 from retentive.models.checkpoint import load
 from retentive.models.retnet import RetNet
+from retentive.ops.cpu.available import on_compiling
 
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")
 
@@ -102,7 +102,9 @@ def main(argv: Sequence[str]) -> int | None:
     else:
         model = load_adapted(options.model, options.adapter, **place)
     if device.type == "cpu":
-        pack_(model)
+        on_compiling(
+            lambda: print("compiling for this processor, once: some 10 s", file=sys.stderr)
+        )
     tokenizer = load_tokenizer(options.model)
     if options.load_state is not None:
         session = Session.load(

@@ -14,8 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from retentive.inference.runner import DecodeRunner
-from retentive.inference.steps import Mix
+from retentive.inference.runner import DecodeRunner, Mix
 from retentive.models.fused import Fused, around, norm_parts
 from retentive.models.layers import MultiScaleRetention
 from retentive.models.retnet import RetNet
@@ -195,7 +194,8 @@ class _SlotRunner(DecodeRunner):
         norm, weight, bias, eps = norm_parts(retention.head_norm)
         active = self._active  # for the runner itself would be held by its own step
 
-        def mix(h: Tensor, S: Tensor, gamma: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        def mix(h: Tensor, *, S: Tensor, gamma: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+            cos, sin = angles
             q, k, v, gate = retention.project(h.unsqueeze(1))
             q, k, v = (y.unflatten(-1, (-1, n)) for y, n in ((q, K), (k, K), (v, V)))
             tables = (cos[:, :1], sin[:, :1], cos[:, 1:], sin[:, 1:])

@@ -1,18 +1,20 @@
 """One token more for each row of a batch, again and again: the weights read once a token.
 
-`DecodeRunner` is RetNet's. Its state has a fixed size, so it is updated where it lies, and the
-angles of the next positions are computed some at a time. `ModelRunner` serves any other model.
+A RetNet's state has a fixed size, so it is updated where it lies, and the angles of the next
+positions are computed some at a time. On a CPU a step is a program (`inference.program`), on a GPU
+a recording (`inference.graphs`), and elsewhere `DecodeRunner`'s. `ModelRunner` serves other models.
 """
 
 import time
+from functools import partial
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from retentive.inference.steps import BlockStep, Mix, RetentionStep
 from retentive.models.language_model import LanguageModel
 from retentive.models.layers import MultiScaleRetention
+from retentive.models.layout import rotate
 from retentive.models.retnet import RetNet, RetNetBlock
 from retentive.models.state import RetNetState
 
@@ -33,12 +35,14 @@ class Runner(Protocol):
 
 
 def runner(model: LanguageModel, state: RetNetState) -> Runner:
-    """Goes on from `state`, which stays as it is."""
+    """The fastest there is for the model. Goes on from `state`, which stays as it is."""
     if isinstance(model, RetNet) and not model.config.attention_layers:
-        from retentive.inference.graphs import GraphRunner, suits  # they are runners, too
+        from retentive.inference import graphs, program  # they are runners, too
 
-        if state.batch_size and suits(model):  # a session whose texts have ended has no rows
-            return GraphRunner(model, state)
+        if state.batch_size and graphs.suits(model):  # a session whose texts have ended has no rows
+            return graphs.GraphRunner(model, state)
+        if program.suits(model):
+            return program.ProgramRunner(model, state.clone())
         return DecodeRunner(model, state.clone())
     return ModelRunner(model, state)
 
@@ -58,38 +62,81 @@ class ModelRunner:
 
 
 class DecodeRunner:
-    """A RetNet's recurrent form, `state` updated in place. As it is or packed (`pack_`)."""
+    """A RetNet's recurrent form in torch's operations, `state` updated in place."""
 
     ahead = AHEAD
 
     @torch.inference_mode()
     def __init__(self, model: RetNet, state: RetNetState):
         self.model, self.state = model, state
-        blocks = cast(list[RetNetBlock], list(model.layers))
-        self._blocks = [BlockStep(block, self._mix(block.retention)) for block in blocks]
-        decays = (block.retention.state_decay.unsqueeze(-1) for block in blocks)
-        self._gammas = [decay.to(model.device, model.exact_dtype) for decay in decays]
-        self._angles: list[tuple[Tensor, Tensor]] = []  # of the positions to come, the next last
+        self._mixes = [self._mix(block.retention) for block in retnet_blocks(model)]
+        self._gammas = [gamma.unsqueeze(-1) for gamma in decays(model)]
+        self._angles = AnglesAhead(model, self.ahead)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         x = self.model.embed(tokens)
-        cos, sin = self._next_angles()
-        layers = zip(self._blocks, self.state.layers, self._gammas, strict=True)
-        for block, layer_state, gamma in layers:
-            x = block(x, layer_state.S, gamma, cos, sin)
+        angles = self._angles.next(self.state.positions)
+        layers = zip(
+            retnet_blocks(self.model), self._mixes, self._gammas, self.state.layers, strict=True
+        )
+        for block, mix, gamma, layer in layers:
+            step = partial(mix, S=layer.S, gamma=gamma, angles=angles)
+            x, _ = block.around(x, lambda h, step=step: (step(h), None))
         self.state.positions.add_(1)
         return self.model.head(self.model.norm(x))
 
-    def _mix(self, retention: MultiScaleRetention) -> Mix:
+    def _mix(self, retention: MultiScaleRetention) -> "Mix":
         """What a step does in the place of a layer's retention."""
-        return RetentionStep(retention)
+        return partial(retain, retention)
 
-    def _next_angles(self) -> tuple[Tensor, Tensor]:
-        """Of queries and keys `[B,2,H|1,K]` at the position of each row."""
+
+class Mix(Protocol):
+    def __call__(
+        self, h: Tensor, *, S: Tensor, gamma: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """h `[B,D]` -> y `[B,D]`; S `[B,H,K,V]` is updated in place.
+
+        gamma `[H,1|K,1]`; angles: cos and sin `[B,2,H|1,K]`, of queries and keys.
+        """
+        ...
+
+
+def retain(
+    layer: MultiScaleRetention,
+    h: Tensor,
+    *,
+    S: Tensor,
+    gamma: Tensor,
+    angles: tuple[Tensor, Tensor],
+) -> Tensor:
+    """A `Mix`: S ← γ S + kᵀ v, o = q S (paper §2.2). With xPos γ is that of a channel."""
+    _, K, V = layer.state_shape
+    q, k, v, gate = layer.project(h)
+    q, k, v = (y.unflatten(-1, (-1, n)) for y, n in ((q, K), (k, K), (v, V)))
+    pairs = torch.stack((q, layer.share(k)), 1).to(S.dtype)
+    q, k = rotate(pairs, *angles).unbind(1)
+    v = layer.share(v).to(S.dtype)
+    S.mul_(gamma).addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
+    o = torch.bmm(q.flatten(0, 1).unsqueeze(1), S.flatten(0, 1)).view(v.shape)
+    return layer.output(o.to(h.dtype), gate)
+
+
+class AnglesAhead:
+    """The angles of the positions to come, computed some at a time."""
+
+    def __init__(self, model: RetNet, count: int):
+        self._model, self._count = model, count
+        self._angles: list[tuple[Tensor, Tensor]] = []  # the next last
+
+    def next(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin `[B,2,H|1,K]`, of queries and keys, at `positions` `[B]`.
+
+        Which are those of the last call and one more.
+        """
         if not self._angles:
-            ahead = torch.arange(self.ahead, device=self.model.device)
-            angles = self.model.angles(self.state.positions[:, None] + ahead)
+            ahead = torch.arange(self._count, device=positions.device)
+            angles = self._model.angles(positions[:, None] + ahead)
             queries, keys = (angles.cos, angles.sin), (angles.key_cos, angles.key_sin)
             cos, sin = (
                 torch.stack((q, k.expand_as(q)), 2).unbind(1)
@@ -97,6 +144,19 @@ class DecodeRunner:
             )
             self._angles = list(zip(cos, sin, strict=True))[::-1]
         return self._angles.pop()
+
+
+def retnet_blocks(model: RetNet) -> list[RetNetBlock]:
+    """Of a model without attention layers."""
+    return cast(list[RetNetBlock], list(model.layers))
+
+
+def decays(model: RetNet) -> list[Tensor]:
+    """What a token shrinks each layer's state by, `[H,1|K]`."""
+    return [
+        block.retention.state_decay.to(model.device, model.exact_dtype)
+        for block in retnet_blocks(model)
+    ]
 
 
 def fastest_threads(model: RetNet, rows: int) -> int:

@@ -22,7 +22,7 @@ __all__ = ["fingerprint", "load", "load_config", "save_model"]
 def save_model(model: LanguageModel, folder: str | Path) -> None:
     """Write the two files, each aside and renamed. A tied head is left out.
 
-    Raises InputError for a packed model, and for one whose texts begin with a tuned state.
+    Raises InputError for a model whose texts begin with a tuned state.
     """
     model.check_storable()
     folder = Path(folder)

@@ -76,8 +76,6 @@ def fingerprint(model: "LanguageModel", samples: int = 64) -> str:
 
     As "float32:...". Quick for a model of any size; every step of training changes it.
     """
-    if model.packed_from is not None:
-        return model.packed_from
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()

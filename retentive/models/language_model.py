@@ -59,7 +59,6 @@ class LanguageModel(nn.Module):
         if config.quantization is not None:
             use_quantized_layers(self, config.quantization)
         self.checkpoint_layers = False
-        self.packed_from: str | None = None  # the fingerprint before `inference.packed`
         if self.device.type != "meta":
             self.init_weights()
 
@@ -205,8 +204,7 @@ class LanguageModel(nn.Module):
             block.init_weights(self.config, generator)
 
     def num_parameters(self) -> int:
-        """Of all weights, quantised or not; a tied one counts once. InputError if packed."""
-        self.check_unpacked()
+        """Of all weights, quantised or not; a tied one counts once."""
         quantized = (layer for layer in self.modules() if isinstance(layer, QuantizedLinear))
         return sum(weight.numel() for weight in self.parameters()) + sum(
             layer.num_parameters for layer in quantized
@@ -214,8 +212,7 @@ class LanguageModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """`[vocab,D]`; computed anew from a quantised one. InputError for a packed model."""
-        self.check_unpacked()
+        """`[vocab,D]`; computed anew from a quantised one."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @property
@@ -233,15 +230,8 @@ class LanguageModel(nn.Module):
 
     # What a caller may get wrong
 
-    def check_unpacked(self) -> None:
-        if self.packed_from is not None:
-            raise InputError(
-                "the model was packed for inference; do this before pack_, or load it anew"
-            )
-
     def check_storable(self) -> None:
-        """InputError for what no model folder holds: packed weights, a tuned initial state."""
-        self.check_unpacked()
+        """InputError for what no model folder holds: a tuned initial state."""
         if any(name.endswith(".initial_state") for name, _ in self.named_parameters()):
             raise InputError(
                 "a tuned state is no part of a model folder; keep its adapter's folder"

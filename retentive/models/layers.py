@@ -113,7 +113,6 @@ class MultiScaleRetention(Recomputing):
         self.gate_act = config.gate_act
         self.head_norm = head_norm(config)
         self.o_proj = Linear(num_heads * V, hidden_size, config.out_bias)
-        self.fused_proj: nn.Module | None = None
         self.initial_state: nn.Parameter | None = None  # [H,K,V], a tuned one; None is zeros
         if not self.o_proj.weight.is_meta:
             self.init_weights("official", 1)
@@ -165,8 +164,6 @@ class MultiScaleRetention(Recomputing):
 
         Keys and values are of `num_kv_heads` heads.
         """
-        if self.fused_proj is not None:
-            return self.fused_proj(x)
         gate = None if self.g_proj is None else self.g_proj(x)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x), gate
 
@@ -233,15 +230,12 @@ class FeedForward(Recomputing):
         self.up_proj = Linear(width, inner, bias)
         self.subln = optional_norm(config.ffn_subln, inner, config.norm_eps)
         self.down_proj = Linear(inner, width, bias)
-        self.fused_proj: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.recomputed(self._output, *self.project(x))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What goes up and what gates it, `[B,T,ffn]` each."""
-        if self.fused_proj is not None:
-            return self.fused_proj(x)
         return self.up_proj(x), None if self.gate_proj is None else self.gate_proj(x)
 
     def _output(self, up: Tensor, gate: Tensor | None) -> Tensor:

@@ -1,8 +1,7 @@
 """Linear layers that take the faster of torch's two matrix libraries on a CPU.
 
 torch multiplies float32 matrices by MKL, which leaves half of the vector units of many processors
-unused (AVX-512 on AMD). oneDNN does not, and is in every build of torch; but at a few rows it would
-spend its time on the layout of the weights, which `inference.packed` changes once instead.
+unused (AVX-512 on AMD). oneDNN does not, and is in every build of torch.
 """
 
 from typing import Any
@@ -15,11 +14,11 @@ from torch.nn import functional as F
 
 from retentive.models.norms import Normed, again
 
-MANY_ROWS = 64
+MANY_ROWS = 64  # from where on a product with its backward is faster, which transposes weights
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b for x `[M,in]` and W `[out,in]`; these may be transposed views. Keeps no graph."""
+    """x Wᵀ + b for x `[...,in]` and W `[out,in]`; these may be transposed views. Keeps no graph."""
     if suits_onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -31,7 +30,7 @@ def suits_onednn(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and x.numel() >= MANY_ROWS * x.shape[-1]
+        and x.numel() >= x.shape[-1] * (MANY_ROWS if torch.is_grad_enabled() else 1)
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
     )
@@ -40,7 +39,7 @@ def suits_onednn(x: Tensor) -> bool:
 class Linear(nn.Linear):
     """nn.Linear, faster on a CPU, and without a bias unless asked for one.
 
-    There, from MANY_ROWS rows on, it is differentiable once, and backward only.
+    There, with gradients from MANY_ROWS rows on, it is differentiable once, and backward only.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
@@ -49,6 +48,8 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not suits_onednn(input):
             return F.linear(input, self.weight, self.bias)
+        if not torch.is_grad_enabled():
+            return product(input, self.weight, self.bias)
         x = input.flatten(0, -2)
         kept = _Kept.apply(x, self.weight, Normed.of(input))
         return _Product.apply(x, self.weight, self.bias, kept).unflatten(0, input.shape[:-1])

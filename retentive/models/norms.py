@@ -1,12 +1,10 @@
 """RMSNorm on a CPU, where torch's is composed of many passes and keeps x three times over.
 
-At few tokens the reverse holds: there calls cost more than passes, and torch's own is taken, or
-while decoding `RMSNorm.function`, which has half as many.
+At few tokens the reverse holds: there calls cost more than passes, and torch's own is taken.
 
 Shapes: x `[...,D]`, weight `[D]`, r `[...,1]`. Low precision is computed in float32, then cast.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,18 +28,6 @@ class RMSNorm(nn.RMSNorm):
         y, r = _RMSNorm.apply(x, self.weight, self.eps)
         y.normed = Normed(x, self.weight, r, y._version)
         return y
-
-    def function(self) -> Callable[[Tensor], Tensor]:
-        """For few tokens on a CPU, without a graph (`inference.steps`)."""
-        assert self.eps is not None
-        weight, share = self.weight, 1 / self.normalized_shape[-1]
-        eps = torch.tensor(self.eps, dtype=torch.float64)  # without dims it changes no dtype
-
-        def normed(x: Tensor) -> Tensor:
-            length = torch.linalg.vector_norm(_exact(x), 2, -1, True)
-            return again(x, weight, torch.addcmul(eps, length, length, value=share).rsqrt_())
-
-        return normed
 
 
 class Normed(NamedTuple):

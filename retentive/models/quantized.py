@@ -11,7 +11,7 @@ What is stored of a weight W `[N out, K in]`, beside its bias, is plain and outl
 How the numbers are found is in `retentive.compress`. Legend: M rows of activations.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,9 +39,9 @@ class QuantizedLinear(nn.Module):
     x is rounded to bfloat16 or, where the CPU multiplies whole numbers (8 bits, VNNI), to 255 steps
     a row. Sums are float32.
 
-    Its buffers are what is stored. On a CPU they are brought into the layout of torch's kernels at
-    the first call, beside what is stored, or by `prepare_`, instead of it. Without such a kernel
-    (other devices) the weight is dequantised at every call: right, but slow.
+    Its buffers are what is stored. On a CPU they are brought into the layout of torch's kernels,
+    beside what is stored, at the first call. Without such a kernel (other devices) the weight is
+    dequantised at every call: right, but slow.
     """
 
     qweight: Tensor
@@ -65,16 +65,11 @@ class QuantizedLinear(nn.Module):
         if x.device.type != "cpu":
             y = F.linear(x, self.weight.to(x.dtype))
         else:
-            y = self._made_kernel()(x.reshape(-1, self.in_features))
+            if self._kernel is None:
+                self._kernel = self._make_kernel()
+            y = self._kernel(x.reshape(-1, self.in_features))
             y = y.view(*x.shape[:-1], self.out_features)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-    def function(self) -> Callable[[Tensor], Tensor]:
-        """For x `[M,in]` on a CPU (`inference.steps`)."""
-        kernel, bias = self._made_kernel(), self.bias
-        if bias is None:
-            return lambda x: kernel(x).to(x.dtype)
-        return lambda x: (kernel(x) + bias).to(x.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -83,7 +78,6 @@ class QuantizedLinear(nn.Module):
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows of the weight at `index` `[...]`, float32 `[...,K]`."""
-        assert self.qweight is not None, "prepare_ has dropped what is stored"
         rows = F.embedding(index, self.qweight)  # refuses negative ones
         if self.scales is None:
             return rows.float()
@@ -97,25 +91,6 @@ class QuantizedLinear(nn.Module):
     @property
     def num_parameters(self) -> int:
         return self.out_features * (self.in_features + (self.bias is not None))
-
-    @classmethod
-    def fused(cls, parts: Sequence[Self]) -> Self:
-        """One product for several of the same x: their rows, one after the other."""
-        first = parts[0]
-        outputs = sum(part.out_features for part in parts)
-        with torch.device("meta"):
-            whole = cls(first.in_features, outputs, first.quantization)
-        for name in dict(whole.named_buffers()):
-            setattr(whole, name, torch.cat([getattr(part, name) for part in parts]))
-        whole.bias = joined_bias(parts)
-        return whole
-
-    def prepare_(self) -> Self:
-        """Keeps the kernel's layout only: for decoding. It cannot be saved afterwards."""
-        self._made_kernel()
-        for name in STORED:
-            setattr(self, name, None)
-        return self
 
     def train(self, mode: bool = True) -> Self:
         if mode:
@@ -131,22 +106,15 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves to other devices; what is stored keeps its dtypes."""
-        if self.qweight is not None:
-            self._kernel = None
+        self._kernel = None
         return super()._apply(lambda x: fn(x).to(x.dtype), recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own kernel: the layouts of some cannot be copied."""
         return {**self.__dict__, "_kernel": None}
 
-    def _made_kernel(self) -> Kernel:
-        if self._kernel is None:
-            self._kernel = self._make_kernel()
-        return self._kernel
-
     @torch.no_grad()
     def _make_kernel(self) -> Kernel:
-        assert self.qweight is not None, "prepare_ has dropped what is stored"
         bits = self.quantization.bits
         if bits == 8 and _has_vnni():
             return WholeNumberKernel(self)
@@ -205,16 +173,6 @@ def empty_tensors(
         "scales": torch.empty(shape, dtype=torch.bfloat16),
         "zeros": torch.empty(shape, dtype=torch.bfloat16),
     }
-
-
-def joined_bias(parts: "Sequence[nn.Linear | QuantizedLinear]") -> Tensor | None:
-    """Of one product for several linear layers: zero for those that have no bias."""
-    if all(part.bias is None for part in parts):
-        return None
-    like = next(part.bias for part in parts if part.bias is not None)
-    zero = (like.new_zeros(part.out_features) for part in parts)
-    biases = zip((part.bias for part in parts), zero, strict=True)
-    return torch.cat([none if bias is None else bias for bias, none in biases])
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

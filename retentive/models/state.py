@@ -71,7 +71,7 @@ class RetentionState:
         return type(self)(self.S.masked_fill(rows[:, None, None, None], 0))
 
     def clone(self) -> Self:
-        return type(self)(self.S.clone())
+        return type(self)(self.S.clone(memory_format=torch.contiguous_format))
 
     def detach(self) -> Self:
         return type(self)(self.S.detach())

@@ -31,7 +31,7 @@ def test_a_case_after_the_other(process):
     assert memory["peak"] >= memory["start"] > 10**7
     with pytest.raises(Unavailable, match=r"unknown form 'chunk' .did you mean"):
         process.prepare({**op.case(OP), "retention": "chunk"})
-    (model,) = (Entry(c, Subject("small", SMALL)) for c in chosen("decode", "retnet-unpacked"))
+    (model,) = (Entry(c, Subject("small", SMALL)) for c in chosen("decode", "retnet-eager"))
     case = {"task": "decode", "device": "cpu", "dtype": "float32", "threads": 1}
     facts = process.prepare(model.case({**case, "batch": 2, "context": 70}))
     assert facts["form"] == "recurrent" and facts["parameters"] > 0

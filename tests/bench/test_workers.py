@@ -29,7 +29,7 @@ def tell(answer: dict) -> None:
     pass
 
 
-@pytest.mark.parametrize("name", ["retnet", "retnet-unpacked", "transformer", "transformer-gqa"])
+@pytest.mark.parametrize("name", ["retnet", "retnet-eager", "transformer", "transformer-gqa"])
 def test_a_decoder_reads_on_from_its_context(name):
     made = ours.Ours(case("decode", name))
     decoder = made.decoder(batch=3, context=70)
@@ -39,29 +39,28 @@ def test_a_decoder_reads_on_from_its_context(name):
         assert decoder.state.positions.tolist() == [72] * 3
 
 
-def test_a_packed_decoder_gives_what_the_model_gives(tmp_path):
+def test_a_runner_gives_what_the_model_gives(tmp_path):
     save_model(RetNet(SMALL), tmp_path)
     model = Subject("mine", SMALL, tmp_path)
     tokens = torch.tensor([5, 6])
     with torch.inference_mode():
-        packed, plain = (
+        by_runner, by_model = (
             ours.Ours(case("decode", name, model)).decoder(2, 70)(tokens)
-            for name in ("retnet", "retnet-unpacked")
+            for name in ("retnet", "retnet-eager")
         )
-    torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_runner, by_model, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["retnet", "transformer"])
 def test_bytes_read_are_those_counted(name):
     made = ours.Ours(case("decode", name))
-    if name == "transformer":  # the other is packed
-        assert made.facts["parameters"] == made.model.num_parameters()
+    assert made.facts["parameters"] == made.model.num_parameters()
     config = made.model.config
     assert made.facts["weight_bytes"] == decode_bytes(config, batch=0, context=0)
 
 
 def test_a_fork_goes_on_alone():
-    for name in ("retnet", "retnet-unpacked"):
+    for name in ("retnet", "retnet-eager"):
         decoder = ours.Ours(case("decode", name)).decoder(1, 70)
         fork = decoder.fork()
         first, again = (d(torch.tensor([3])) for d in (decoder, fork))

@@ -351,9 +351,6 @@ def test_models_that_are_not_exported(stub, tmp_path):
         model = build(RetNetConfig(**SMALL, **fields))
         said = refusal(lambda: export(model, tmp_path / "out", "stub"))  # noqa: B023
         assert next(iter(fields)) in said
-    packed = build(CONFIGS["onnx"])
-    packed.packed_from = "its fingerprint"
-    assert "packed" in refusal(lambda: export(packed, tmp_path / "out", "stub"))
 
 
 def test_the_command_refuses_in_one_line(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Bounds follow from the quantisation step, the kernels' bfloat16 (2^-9 a rounding), or float64."""
 
 import copy
+import dataclasses
 import errno
 import json
 import math
@@ -17,7 +18,7 @@ from retentive.compress import quantize_command
 from retentive.compress.quantize import quantize, quantize_weight
 from retentive.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
 from retentive.errors import InputError
-from retentive.inference.packed import pack_
+from retentive.inference.program import ProgramRunner
 from retentive.inference.runner import runner
 from retentive.models import quantized
 from retentive.models.checkpoint import load_config, save_model
@@ -27,6 +28,7 @@ from retentive.models.nested import AttentionConfig
 from retentive.models.quantized import Int4Kernel, QuantizedLinear, pack_nibbles, unpack_nibbles
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
+from retentive.ops.cpu.available import available
 
 SMALL = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
 CONFIGS = {
@@ -74,6 +76,15 @@ def typical(given: torch.Tensor, expected: torch.Tensor) -> float:
     """Distance of the median token: where q·k is about 0, a head's norm shows noise only."""
     pairs = zip(given.flatten(0, 1), expected.flatten(0, 1), strict=True)
     return statistics.median(distance(*pair) for pair in pairs)
+
+
+def dequantized(made: RetNet) -> RetNet:
+    """The model whose weights are those that `made` multiplies by."""
+    model = RetNet(dataclasses.replace(made.config, quantization=None))
+    for name, weight in model.named_parameters():
+        owner, kind = name.rsplit(".", 1)
+        weight.data = getattr(made.get_submodule(owner), kind).detach().clone()
+    return model.eval()
 
 
 @pytest.fixture
@@ -166,38 +177,6 @@ def test_four_bits_in_a_layout_unknown_here_are_left_to_torchs_kernel(monkeypatc
     assert distance(strange(x), expected) < 1.5 * BF16
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_fused_layers_are_the_layers(bits):
-    parts = [linear(random(rows, 40) / rows, bits) for rows in (5, 64, 9)]
-    x = random(3, 40)
-    whole = QuantizedLinear.fused(parts)
-    assert (whole.in_features, whole.out_features) == (40, 78)
-    assert torch.equal(whole.weight, torch.cat([part.weight for part in parts]))
-    together = torch.cat([part(x) for part in parts], -1)
-    assert distance(whole.prepare_()(x), together) < BF16
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_fused_layers_keep_the_biases_that_they_have(bits):
-    parts = [linear(random(rows, 40), bits) for rows in (5, 64, 9)]
-    parts[1].bias = random(64)
-    x = random(3, 40)
-    whole = QuantizedLinear.fused(parts).prepare_()
-    expected = torch.cat([torch.zeros(5), random(64), torch.zeros(9)])
-    without = whole(x) - expected
-    whole.bias = None
-    assert distance(without, whole(x)) < 1e-5
-    assert [part.num_parameters for part in parts] == [5 * 40, 64 * 41, 9 * 40]
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_a_prepared_layer_keeps_the_kernels_layout_only(bits):
-    layer, x = linear(random(64, 64), bits), random(3, 64)
-    expected = layer(x)
-    assert torch.equal(layer.prepare_()(x), expected)
-    assert not layer.state_dict()
-
-
 # The model
 
 
@@ -245,13 +224,17 @@ def test_the_forms_agree(name, bits, tokens):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", ["retnet", "retnet-tied", "retnet-biased"])
 @torch.no_grad()
-def test_packed_or_not_it_decodes_alike(name, bits, tokens):
+def test_a_step_multiplies_by_the_very_weights(name, bits, tokens):
+    """Its activations are float32: it is as near to the dequantised model as that is to itself."""
     made = quantize(build(name), bits)
-    _, state = made(tokens[:, :8])
-    plain, packed = runner(made, state), runner(pack_(copy.deepcopy(made)), state)
-    steps = [(plain.step(token), packed.step(token)) for token in tokens[:, 8:].unbind(1)]
-    one, other = (torch.stack(logits, 1) for logits in zip(*steps, strict=True))
-    assert typical(other, one) < 8 * BF16
+    exact = dequantized(made).double()
+    _, state = exact(tokens[:, :8])
+    expected, _ = exact(tokens[:, 8:], state)
+    layers = [type(layer)(layer.S.float()) for layer in state.layers]
+    decoding = runner(made, type(state)(state.positions, layers))
+    assert isinstance(decoding, ProgramRunner) or not available()
+    logits = torch.stack([decoding.step(token) for token in tokens[:, 8:].unbind(1)], 1)
+    assert distance(logits, expected) < (5e-6 if available() else 8 * BF16)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -421,9 +404,3 @@ def test_negative_tokens_are_refused():
     for bits in (16, 8, 4):
         with pytest.raises(InputError, match="tokens run from -1"):
             quantize(RetNet(config).eval(), bits)(torch.tensor([[3, -1]]))
-
-
-def test_a_packed_model_is_not_quantised():
-    config = RetNetConfig(vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2)
-    with pytest.raises(InputError, match="packed"):
-        quantize(pack_(RetNet(config).eval()), 8)

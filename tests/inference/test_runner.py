@@ -1,4 +1,4 @@
-"""The decode runner and packed weights against the model's own calls."""
+"""The runners in torch's operations, and whichever is chosen, against the model's own calls."""
 
 import gc
 import weakref
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from retentive.errors import InputError
-from retentive.inference.packed import PackedLinear, pack_
+from retentive.inference import program
+from retentive.inference.program import ProgramRunner
 from retentive.inference.runner import (
     AHEAD,
     DecodeRunner,
@@ -15,14 +16,13 @@ from retentive.inference.runner import (
     fastest_threads,
     runner,
 )
-from retentive.models.checkpoint import save_model
 from retentive.models.config import RetNetConfig, TransformerConfig
-from retentive.models.files import fingerprint
 from retentive.models.language_model import LanguageModel
 from retentive.models.nested import AttentionConfig
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 from retentive.models.transformer import Transformer
+from retentive.ops.cpu.available import available
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4}
 CONFIGS = {
@@ -129,46 +129,39 @@ def test_steps_are_the_model(name, tokens):
     ) < (1e-13)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether steps are programs; float64 ones never are."""
+    if request.param == "torch":
+        monkeypatch.setattr(program, "available", lambda: False)
+    elif not available():
+        pytest.skip("needs numba, and Linux")
+    return request.param == "compiled"
+
+
 @pytest.mark.parametrize("dtype, within", [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
-def test_packed_weights_are_as_exact_as_plain_ones(name, tokens, dtype, within):
-    exact = exact_logits(name, tokens)
-    plain, packed = build(name, dtype), pack_(build(name, dtype))
-    before = error(stepped(plain, tokens, ragged_state(plain, tokens)), exact)
-    after = error(stepped(packed, tokens, ragged_state(packed, tokens)), exact)
+def test_steps_are_as_exact_as_the_models_own_calls(name, tokens, compiled, dtype, within):
+    model, exact = build(name, dtype), exact_logits(name, tokens)
+    state = ragged_state(model, tokens)
+    with torch.no_grad():
+        before = error(model(tokens[:, START:], state)[0], exact)
+    after = error(stepped(model, tokens, state), exact)
     assert after < within
     assert after < 1.5 * before
 
 
-def test_packing_replaces_every_product(name):
-    model = pack_(build(name))
-    left = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    assert not left
-    assert any(isinstance(module, PackedLinear) for module in model.modules())
-    assert pack_(model) is model  # once more changes nothing
+def test_only_a_retnet_has_a_runner_of_its_own(compiled):
+    own = ProgramRunner if compiled else DecodeRunner
+    kinds = dict.fromkeys(("plain", "parallel", "xpos"), own)
+    for name, kind in {**kinds, "hybrid": ModelRunner, "transformer": ModelRunner}.items():
+        model = build(name)
+        assert type(runner(model, model.init_state(1))) is kind
 
 
-def test_a_packed_model_reads_prompts_as_before(name, tokens):
-    plain, packed = build(name), pack_(build(name))
-    with torch.no_grad():
-        (logits, state), (again, after) = plain(tokens), packed(tokens)
-    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-5)
-    for layer, other in zip(state.layers, after.layers, strict=True):
-        for key, tensor in layer.tensors().items():
-            torch.testing.assert_close(other.tensors()[key], tensor, rtol=1e-4, atol=1e-5)
-
-
-def test_dtypes_without_a_kernel_stay_as_they_are(tokens):
-    model = pack_(build("plain", torch.float64))
-    assert model.packed_from is None
-    logits, _ = model(tokens)
-    logits.sum().backward()  # it is a model like any other
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_runner_is_freed_at_once(packed):
+def test_a_runner_is_freed_at_once(compiled):
     """It holds a state and what the steps are made of, none of it in a cycle."""
     model = build("plain")
-    decoding = runner(pack_(model) if packed else model, model.init_state(2))
+    decoding = runner(model, model.init_state(2))
     decoding.step(torch.tensor([1, 2]))
     gone = weakref.ref(decoding)
     gc.disable()
@@ -179,12 +172,11 @@ def test_a_runner_is_freed_at_once(packed):
         gc.enable()
 
 
-def test_the_state_given_is_not_changed(tokens):
+def test_the_state_given_is_not_changed(tokens, compiled):
     model = build("plain")
     state = ragged_state(model, tokens)
     before = [layer.S.clone() for layer in state.layers]
     decoding = runner(model, state)
-    assert isinstance(decoding, DecodeRunner)
     decoding.step(tokens[:, START])
     assert all(torch.equal(a.S, b) for a, b in zip(state.layers, before, strict=True))
     assert state.positions.tolist() == [START, START - 2, START]
@@ -200,7 +192,7 @@ def test_the_runners_state_goes_on_in_the_model(tokens):
     torch.testing.assert_close(logits, exact_logits("gated", tokens)[:, 1:])
 
 
-def test_far_positions_keep_their_angles(tokens):
+def test_far_positions_keep_their_angles(tokens, compiled):
     """At 10^6 a float32 angle would be off by 0.05; the steps must be right to float32."""
     model, exact = build("plain"), build("plain", torch.float64)
     far = RetNetState(torch.full((3,), 10**6), exact.init_state(3).layers)
@@ -212,40 +204,16 @@ def test_far_positions_keep_their_angles(tokens):
     assert error(logits, expected) < 2e-6
 
 
-def test_only_a_retnet_has_a_runner_of_its_own():
-    kinds = {"plain": DecodeRunner, "parallel": DecodeRunner, "xpos": DecodeRunner}
-    kinds |= {"hybrid": ModelRunner, "transformer": ModelRunner}
-    for name, kind in kinds.items():
-        model = build(name)
-        assert type(runner(model, model.init_state(1))) is kind
-
-
-def test_a_packed_model_keeps_its_fingerprint_and_is_not_saved(name, tmp_path):
-    model = build(name)
-    before = fingerprint(model)
-    assert fingerprint(pack_(model)) == before
-    with pytest.raises(InputError, match="packed"):
-        save_model(model, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
-def test_packing_is_for_the_cpu():
-    with torch.device("meta"):
-        model = RetNet(CONFIGS["plain"])
-    with pytest.raises(InputError, match="only models on the CPU"):
-        pack_(model)
-
-
-def test_tokens_out_of_range_are_refused():
+def test_tokens_out_of_range_are_refused(compiled):
     model = build("plain")
     with pytest.raises(InputError, match="0 to 60"):
         runner(model, model.init_state(1)).step(torch.tensor([61]))
 
 
 @pytest.mark.parametrize("name", ["plain", "gated", "ablated"])
-def test_logits_do_not_depend_on_the_number_of_threads(name, tokens):
+def test_logits_do_not_depend_on_the_number_of_threads(name, tokens, compiled):
     """Else the measured choice of threads could change what is written."""
-    model = pack_(build(name))
+    model = build(name)
     state, threads = ragged_state(model, tokens), torch.get_num_threads()
     try:
         torch.set_num_threads(1)

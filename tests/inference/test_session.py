@@ -350,7 +350,7 @@ def test_a_session_whose_step_was_broken_off_does_not_go_on(byte_level, monkeypa
     session = Session(model.eval(), byte_level, GREEDY)
     session.read(["a"])
     with monkeypatch.context() as broken:
-        broken.setattr(model.norm, "forward", lambda x: 1 / 0)
+        broken.setattr(model, "embed", lambda x: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             session.step()
     for go_on in (session.step, lambda: session.read(["b"])):

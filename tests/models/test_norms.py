@@ -50,19 +50,6 @@ def test_without_a_graph_it_is_the_same_to_the_last_bit():
     assert torch.equal(torch.cat([norm(row) for row in x.split(1)]), alone)
 
 
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_its_function_is_it(dtype, affine):
-    norm = RMSNorm(48, eps=1e-3, elementwise_affine=affine).to(dtype)
-    for weight in norm.parameters():
-        nn.init.normal_(weight)
-    x = torch.randn(3, 5, 48).to(dtype)
-    y, exact = norm.function()(x), copy.deepcopy(norm).double()(x.double())
-    assert y.dtype == dtype
-    assert (y.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
-
-
 def test_gradcheck():
     norm = RMSNorm(6, eps=1e-2).double()
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)

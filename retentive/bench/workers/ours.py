@@ -16,7 +16,6 @@ from retentive.bench.workers.ops import prepare_op, prepare_step, sdpa_kernel_of
 from retentive.bench.workers.serving import Answer, Case, Run, Tell, serve
 from retentive.devices import keep_freed_memory, resolve_dtype
 from retentive.inference.graphs import Step, record
-from retentive.inference.packed import pack_
 from retentive.inference.runner import runner
 from retentive.inference.session import read_tokens
 from retentive.models.checkpoint import load
@@ -37,7 +36,7 @@ class Ours:
 
     def __init__(self, case: Case):
         self.model = model_of(case)
-        self.runs, self._math = case.get("packed", False), case.get("math", False)
+        self.runs, self._math = case.get("runner", False), case.get("math", False)
         self.model.checkpoint_layers = case.get("checkpoint", False)
         config = config_from_dict(case["config"])
         if isinstance(self.model, RetNet):
@@ -53,8 +52,6 @@ class Ours:
             self.facts["form"] += f": {training_kernel(self.model, case)}"
         if config.quantization is not None:
             self.facts["form"] += f", {config.quantization.bits} bit"
-        if self.runs and case["device"] == "cpu":
-            pack_(self.model)
 
     def parameters(self) -> Iterable[Tensor]:
         return self.model.train().parameters()

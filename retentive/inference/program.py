@@ -1,0 +1,269 @@
+"""A RetNet's decoding step as a program of `ops.cpu.machine`, and the runner that runs it.
+
+The program is written once for a batch, by a walk through the model: a block's own `join` is run on
+`Rows`, which write down what is done to them. Weights stay the model's own.
+
+Shapes: M rows (a text each), D width, G key and value heads, H heads, K and V head dims.
+"""
+
+import struct
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from retentive.inference.runner import AHEAD, AnglesAhead, decays, retnet_blocks
+from retentive.models.block import Join
+from retentive.models.fused import ACTIVATIONS, norm_parts
+from retentive.models.layers import FeedForward, MultiScaleRetention, Repeated, Scaled
+from retentive.models.layout import Constant, Rotation
+from retentive.models.linear import Linear
+from retentive.models.norms import RMSNorm
+from retentive.models.quantized import QuantizedEmbedding, QuantizedLinear
+from retentive.models.retnet import RetNet, RetNetBlock
+from retentive.models.state import RetNetState
+from retentive.models.xpos import XPosRetention
+from retentive.ops.cpu.available import available
+
+KNOWN = {
+    RetNet, RetNetBlock, MultiScaleRetention, FeedForward, nn.ModuleList, nn.Dropout, Scaled,
+    Linear, QuantizedLinear, nn.Embedding, QuantizedEmbedding, nn.LayerNorm, RMSNorm,
+    Rotation, XPosRetention, Constant, Repeated,
+}  # fmt: skip
+"""What a program knows how to do, beside `Join`s. An adapter's modules are of other types."""
+
+
+def suits(model: RetNet) -> bool:
+    """Whether a step of this model, which has no attention layers, can be a program."""
+    return (
+        model.device.type == "cpu"
+        and model.dtype in (torch.float32, torch.bfloat16)
+        and available()
+        and all(
+            (type(part) in KNOWN or isinstance(part, Join))
+            and not (part._forward_hooks or part._forward_pre_hooks)
+            for part in model.modules()
+        )
+    )
+
+
+class ProgramRunner:
+    """A `Runner` whose step is a program: of a model that `suits`, going on from its own `state`.
+
+    The model's weights may change while there is a runner; which tensors they are must not.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: RetNet, state: RetNetState):
+        self.model, self.state = model, state
+        self._angles = AnglesAhead(model, AHEAD)
+        rows, config = state.batch_size, model.config
+        program = self._program = Program(rows)
+        tables = torch.empty(2, rows, 2, config.num_heads, config.qk_head_dim)
+        self._cos, self._sin = tables.unbind()
+        x = self._x = program.new(config.hidden_size)
+        layers = zip(retnet_blocks(model), state.layers, decays(model), strict=True)
+        for block, layer, gamma in layers:
+            x = self._block(block, x, layer.S, gamma)
+        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        if isinstance(head, QuantizedEmbedding):
+            head = head.table
+        self._logits = program.product(program.norm(x, model.norm, x.size), head)
+        program.finish()
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        self._x.values.copy_(self.model.embed(tokens))
+        cos, sin = self._angles.next(self.state.positions)
+        self._cos.copy_(cos)
+        self._sin.copy_(sin)
+        self._program.run()
+        self.state.positions.add_(1)
+        return self._logits.values.clone()  # the next step writes over it
+
+    def _block(self, block: RetNetBlock, x: "Rows", S: Tensor, gamma: Tensor) -> "Rows":
+        program, size = self._program, x.size
+
+        def norm(layer: Any) -> Any:
+            return lambda x: program.norm(x, layer, size)
+
+        def mix(h: Any) -> tuple[Any, None]:
+            return self._retention(block.retention, h, S, gamma), None
+
+        def ffn(h: Any) -> Any:
+            return self._feed_forward(block.ffn, h)
+
+        parts: Any = x, mix, norm(block.retention_norm), ffn, norm(block.ffn_norm)
+        return cast(Rows, block.join.forward(*parts)[0])
+
+    def _retention(self, layer: MultiScaleRetention, h: "Rows", S: Tensor, gamma: Tensor) -> "Rows":
+        program = self._program
+        q, k, v = (program.product(h, p) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+        gate = None if layer.g_proj is None else program.product(h, layer.g_proj)
+        q, k = (
+            program.rotate(x, self._cos[:, which], self._sin[:, which])
+            for which, x in enumerate((q, k))
+        )
+        o = program.retain(S, gamma, q, k, v)
+        y = program.norm(o, layer.head_norm, S.shape[-1])
+        if gate is not None:
+            y = program.gate(layer.gate_act, gate, y)
+        return program.product(y, layer.o_proj)
+
+    def _feed_forward(self, ffn: FeedForward, h: "Rows") -> "Rows":
+        program = self._program
+        up = program.product(h, ffn.up_proj)
+        (act,) = (name for name, function in ACTIVATIONS.items() if function is ffn.act)
+        if ffn.gate_proj is None:
+            inner = program.gate(act, up)
+        else:
+            inner = program.gate(act, program.product(h, ffn.gate_proj), up)
+        return program.product(program.norm(inner, ffn.subln, inner.size), ffn.down_proj)
+
+
+class Rows:
+    """float32 `[M,size]` in a program: what an instruction writes."""
+
+    def __init__(self, program: "Program", values: Tensor):
+        self.program, self.values, self.size = program, values, values.shape[1]
+
+    def __add__(self, other: "Rows") -> "Rows":
+        return self.program.add(self, other)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        """`Join.add`, where dropout does nothing."""
+        if function is F.dropout:
+            return args[0]
+        assert function is torch.add, function
+        y, x = args
+        return x.program.add(x, y, **kwargs)
+
+
+class Program:
+    """Instructions for M rows. Each method but the last two writes one, and gives what it makes."""
+
+    def __init__(self, rows: int):
+        from retentive.ops.cpu import machine, products  # compiled, unless they were before
+
+        self._rows, self._machine, self._products = rows, machine, products
+        self._code: list[list[int]] = []
+        self._kept: list[Tensor] = []  # whose addresses are in the program
+        self._free: dict[int, list[Tensor]] = {}
+        self._read: set[int] = set()  # since the last barrier
+        self._written: set[int] = set()
+
+    def new(self, size: int) -> Rows:
+        """Memory for an instruction to write; given out again when the `Rows` are gone."""
+        free = self._free.setdefault(size, [])
+        values = free.pop() if free else torch.empty(self._rows, size)
+        rows = Rows(self, values)
+        weakref.finalize(rows, free.append, values)
+        return rows
+
+    def product(self, x: Rows, layer: nn.Linear | QuantizedLinear | nn.Embedding) -> Rows:
+        """x Wᵀ + b; a table of embeddings is a head without b."""
+        forms, scales, zeros, gains, groups, shift = self._products, 0, 0, 0, 0, 0
+        if isinstance(layer, QuantizedLinear):
+            weight, bits, outputs = layer.qweight, layer.quantization.bits, layer.out_features
+            form = {16: forms.BFLOAT16, 8: forms.INT8, 4: forms.INT4}[bits]
+            if bits == 8:
+                gains = self._constant(layer.scales)
+            if layer.zeros is not None and layer.scales is not None:
+                scales, zeros = self._address(layer.scales), self._address(layer.zeros)
+                groups = layer.scales.stride(0) * layer.scales.element_size()
+                shift = layer.quantization.group_size.bit_length() - 1
+        else:
+            weight, outputs = layer.weight, len(layer.weight)
+            form = forms.BFLOAT16 if weight.dtype == torch.bfloat16 else forms.FLOAT32
+        code = self._products.product(form)
+        row, bias = weight.stride(0) * weight.element_size(), getattr(layer, "bias", None)
+        y = self.new(outputs)
+        self._write(
+            self._machine.PRODUCT, [x], y,
+            code.address, self._address(weight), scales, zeros, gains, self._constant(bias),
+            x, y, outputs, x.size, row, groups, shift,
+        )  # fmt: skip
+        return y
+
+    def norm(self, x: Rows, layer: Any, size: int) -> Rows:
+        """Over each `size` values of a row."""
+        m, (kind, weight, bias, eps) = self._machine, norm_parts(layer)
+        if kind == "none":
+            return x
+        y = self.new(x.size)
+        self._write(
+            m.NORM, [x], y,
+            m.LAYER_NORM if kind == "layernorm" else m.RMS_NORM, x, y,
+            self._constant(weight), self._constant(bias), _bits(eps),
+            self._rows * x.size // size, size,
+        )  # fmt: skip
+        return y
+
+    def rotate(self, x: Rows, cos: Tensor, sin: Tensor) -> Rows:
+        """Heads of queries or keys, turned by `[M,H,K]` of the tables of a step."""
+        (_, _, K), y = cos.shape, self.new(x.size)
+        self._write(
+            self._machine.ROTATE, [x], y,
+            x, y, self._address(cos), self._address(sin), x.size // K, K, cos.stride(0),
+        )  # fmt: skip
+        return y
+
+    def retain(self, S: Tensor, gamma: Tensor, q: Rows, k: Rows, v: Rows) -> Rows:
+        """o `[M,H·V]` of the state `[M,H,K,V]`, updated in place; gamma `[H,1|K]`."""
+        (_, H, K, V), (_, rates) = S.shape, gamma.shape
+        o = self.new(H * V)
+        self._write(
+            self._machine.RETAIN, [q, k, v], o,
+            self._address(S), self._constant(gamma), q, k, v, o, H, k.size // K, K, V, rates,
+        )  # fmt: skip
+        return o
+
+    def gate(self, act: str, gate: Rows, x: Rows | None = None) -> Rows:
+        """act(gate) x, or without x act(gate)."""
+        m, y = self._machine, self.new(gate.size)
+        code = {"swish": m.SWISH, "gelu": m.GELU, "gelu_tanh": m.GELU_TANH}[act]
+        given = [gate] if x is None else [gate, x]
+        self._write(m.GATE, given, y, code, gate, 0 if x is None else x, y, gate.size)
+        return y
+
+    def add(self, x: Rows, y: Rows, alpha: float = 1.0) -> Rows:
+        """alpha x + y"""
+        z = self.new(x.size)
+        self._write(self._machine.ADD, [x, y], z, x, y, z, x.size, _bits(alpha))
+        return z
+
+    def finish(self) -> None:
+        words = self._products.WORDS
+        code = torch.tensor([[*line, *[0] * (words - len(line))] for line in self._code])
+        self._header = torch.tensor([self._address(code), len(code), self._rows])
+
+    def run(self) -> None:
+        self._machine.run(self._header, torch.get_num_threads())
+
+    def _write(self, code: int, read: list[Rows], written: Rows, *operands: int | Rows) -> None:
+        """After a barrier, where a thread may still be at what this reads or writes over."""
+        inputs, output = {x.values.data_ptr() for x in read}, written.values.data_ptr()
+        if output in self._read | self._written or inputs & self._written:
+            self._code.append([self._machine.BARRIER])
+            self._read.clear()
+            self._written.clear()
+        self._read |= inputs
+        self._written.add(output)
+        words = (self._address(x.values) if isinstance(x, Rows) else x for x in operands)
+        self._code.append([code, *words])
+
+    def _address(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _constant(self, tensor: Tensor | None) -> int:
+        """The address of the values as float32, 0 for none."""
+        return 0 if tensor is None else self._address(tensor.float().contiguous())
+
+
+def _bits(value: float) -> int:
+    """Those of a float32."""
+    return struct.unpack("i", struct.pack("f", value))[0]

@@ -1,0 +1,1 @@
+"""Kernels for CPUs, compiled when first used (numba): imported only where they can run."""

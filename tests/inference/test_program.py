@@ -1,0 +1,89 @@
+"""What a program is written from, and when there is none."""
+
+import pytest
+import torch
+from torch import nn
+
+from retentive.inference.program import ProgramRunner, suits
+from retentive.inference.runner import runner
+from retentive.models.config import RetNetConfig
+from retentive.models.retnet import RetNet
+from retentive.ops.cpu.available import available
+
+pytestmark = pytest.mark.skipif(not available(), reason="needs numba, and Linux")
+
+CONFIG = RetNetConfig(vocab_size=61, hidden_size=64, num_hidden_layers=2, num_heads=4)
+
+
+def build(seed: int = 0) -> RetNet:
+    model = RetNet(CONFIG)
+    model.init_weights(seed=seed)
+    return model.eval()
+
+
+def logits(model: RetNet, rows: int, tokens: list[int]) -> torch.Tensor:
+    """After each token, the same in each row."""
+    decoding = runner(model, model.init_state(rows))
+    assert isinstance(decoding, ProgramRunner)
+    return torch.stack([decoding.step(torch.tensor([token] * rows)) for token in tokens])
+
+
+def test_a_text_does_not_depend_on_its_neighbours():
+    """To the last bit, in a batch of any size: so writing it again gives the same text."""
+    model, tokens = build(), [5, 7, 11]
+    alone = logits(model, 1, tokens)
+    for rows in (2, 3, 4, 7, 8, 13, 16, 40):
+        assert torch.equal(logits(model, rows, tokens), alone.expand(-1, rows, -1))
+
+
+def test_a_batch_of_no_rows_has_a_runner():
+    model = build()
+    assert runner(model, model.init_state(0)).state.batch_size == 0
+
+
+def test_weights_may_change_under_a_runner():
+    model, other = build(), build(seed=1)
+    decoding = runner(model, model.init_state(2))
+    model.load_state_dict(other.state_dict())
+    expected = logits(other, 2, [3])[0]
+    assert torch.equal(decoding.step(torch.tensor([3, 3])), expected)
+
+
+def test_a_state_that_is_no_block_of_memory():
+    model = build()
+    state = model.init_state(2)
+    for layer in state.layers:
+        layer.S.copy_(torch.randn_like(layer.S))
+    strided = [type(layer)(layer.S.mT.contiguous().mT) for layer in state.layers]
+    tokens = torch.tensor([3, 4])
+    expected = runner(model, state).step(tokens)
+    assert torch.equal(runner(model, type(state)(state.positions, strided)).step(tokens), expected)
+
+
+def test_gathered_logits_are_not_written_over():
+    model = build()
+    decoding = runner(model, model.init_state(1))
+    first = decoding.step(torch.tensor([3]))
+    kept = first.clone()
+    decoding.step(torch.tensor([4]))
+    assert torch.equal(first, kept)
+
+
+class Adapter(nn.Linear):
+    pass
+
+
+def test_what_a_program_does_not_know_is_left_to_the_modules():
+    adapted, hooked, exact = build(), build(), build().double()
+    layer = adapted.layers[1].get_submodule("ffn")
+    layer.down_proj = Adapter(layer.down_proj.in_features, 64)
+    hooked.layers[0].register_forward_hook(lambda *_: None)
+    assert suits(build()) and suits(build().bfloat16())
+    assert not any(suits(model) for model in (adapted, hooked, exact))
+
+
+def test_dropout_does_nothing_while_decoding():
+    fields = {**CONFIG.to_dict(), "dropout": 0.5}
+    model, plain = RetNet(RetNetConfig.from_dict(fields)).eval(), build()
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(logits(model, 2, [3, 4]), logits(plain, 2, [3, 4]))
