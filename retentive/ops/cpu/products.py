@@ -224,11 +224,25 @@ def share(count, thread, threads):
     return count * thread // threads, count * (thread + 1) // threads
 
 
+def _named(name: str) -> Callable[[Callable], Any]:
+    """njit for functions of one body that differ in what it calls, each by a name of its own.
+
+    Numba counts functions of one name from process to process anew. Of two that were kept on disk
+    by different processes, LLVM would take the first for both.
+    """
+
+    def compile(function: Callable) -> Any:
+        function.__qualname__ = name
+        return njit(function)
+
+    return compile
+
+
 def _strip(form: int, R: int, texts: int) -> Any:
     """Outputs n from `low` to `high` of `texts` rows of x, R at a time; the last one by one."""
     tile, single = _tile(form, R, texts), _tile(form, 1, 1)
 
-    @njit
+    @_named(f"strip_{form}_{R}_{texts}")
     def strip(op, x, y, low, high, ahead):
         weight, scales, zeros = op[2], op[3], op[4]
         N, K, row, groups, shift = op[9], op[10], op[11], op[12], op[13]
@@ -253,7 +267,7 @@ def _product(form: int) -> Any:
     """y = x Wᵀ, of the outputs from `low` to `high`."""
     (a, most), (b, more), (c, few), (d, one) = ((_strip(form, R, M), M) for R, M in TILES)
 
-    @njit
+    @_named(f"product_{form}")
     def product(address, M, low, high):
         op = carray(pointer(address), (WORDS,), np.int64)
         N, K, row = op[9], op[10], op[11]

@@ -163,30 +163,42 @@ def test_one_waits_for_the_other_only_where_it_must():
     assert c.values.data_ptr() != b.values.data_ptr()
 
 
-PROCESSOR = """
-import sys
+HASWELL = """
 from llvmlite import binding
-binding.get_host_cpu_features = lambda: {{"avx2": True}}
-sys.path.insert(0, {folder!r})
-import test_kernels
-for form in ("float32", "int8", "int4"):
-    test_kernels.test_products(form, (61, 100), 7)
+binding.get_host_cpu_features = lambda: {"avx2": True}
 """
 
 
-def test_compiled_for_a_processor_with_narrow_vectors(tmp_path):
-    """One without AVX-512; what was compiled is kept."""
-    environment = {
-        **os.environ,
-        "NUMBA_CACHE_DIR": str(tmp_path),
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+sse4.2,+popcnt",
-    }
-    code = PROCESSOR.format(folder=str(Path(__file__).parent))
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+def multiplied(cache: Path, *forms: str, before: str = "", **environment: str) -> None:
+    """In a process of its own, which keeps what it compiles in `cache`."""
+    code = f"""{before}
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_kernels
+for form in {forms}:
+    test_kernels.test_products(form, (61, 100), 7)
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), **environment}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr
+
+
+def test_what_processes_keep_one_after_the_other_is_not_mixed_up(tmp_path):
+    multiplied(tmp_path, "float32")
+    multiplied(tmp_path, "int8")  # compiles as its first what the next one does
+    multiplied(tmp_path, "int4", "int8")
     assert len(list(tmp_path.rglob("*.nbi"))) == 4
+
+
+def test_compiled_for_a_processor_with_narrow_vectors(tmp_path):
+    """One without AVX-512."""
+    features = "+avx,+avx2,+fma,+f16c,+sse4.2,+popcnt"
+    multiplied(
+        tmp_path, "float32", "int4", before=HASWELL,
+        NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=features,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("problem", [RuntimeError("no locator"), OSError(errno.ENOSPC, "full")])
