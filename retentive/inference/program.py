@@ -8,6 +8,7 @@ Shapes: M rows (a text each), D width, G key and value heads, H heads, K and V h
 
 import struct
 import weakref
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from retentive.inference.runner import AHEAD, AnglesAhead, decays, retnet_blocks
 from retentive.models.block import Join
 from retentive.models.fused import ACTIVATIONS, norm_parts
+from retentive.models.language_model import LanguageModel
 from retentive.models.layers import FeedForward, MultiScaleRetention, Repeated, Scaled
 from retentive.models.layout import Constant, Rotation
 from retentive.models.linear import Linear
@@ -35,10 +37,15 @@ KNOWN = {
 """What a program knows how to do, beside `Join`s. An adapter's modules are of other types."""
 
 
-def suits(model: RetNet) -> bool:
-    """Whether a step of this model, which has no attention layers, can be a program."""
+FEW = 32  # tokens; for more the chunkwise form and torch's matrix products are faster
+
+
+def suits(model: LanguageModel) -> bool:
+    """Whether a step of this model can be a program."""
     return (
-        model.device.type == "cpu"
+        isinstance(model, RetNet)
+        and not model.config.attention_layers
+        and model.device.type == "cpu"
         and model.dtype in (torch.float32, torch.bfloat16)
         and available()
         and all(
@@ -59,29 +66,66 @@ class ProgramRunner:
     def __init__(self, model: RetNet, state: RetNetState):
         self.model, self.state = model, state
         self._angles = AnglesAhead(model, AHEAD)
-        rows, config = state.batch_size, model.config
+        self._step = Step(model, state)
+        self._logits = self._step.head()
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        self._step.run(self.model.embed(tokens), *self._angles.next(self.state.positions))
+        self.state.positions.add_(1)
+        return self._logits.values.clone()  # the next step writes over it
+
+
+def reads(model: LanguageModel, rows: Sequence[list[int]]) -> bool:
+    """Whether `read` takes these tokens: a few, as many in each row."""
+    lengths = {len(tokens) for tokens in rows}
+    return len(lengths) == 1 and len(rows) * max(lengths) <= FEW and suits(model)
+
+
+@torch.inference_mode()
+def read(model: LanguageModel, rows: Sequence[list[int]], state: RetNetState) -> RetNetState:
+    """The state after the tokens of each row, by the recurrent form; `state` stays as it is.
+
+    For a few tokens what costs is to read the weights, and this reads them once.
+    """
+    assert isinstance(model, RetNet)
+    tokens, after = torch.tensor(rows), state.clone()
+    step = Step(model, after, tokens.shape[1])
+    cos, sin = AnglesAhead.table(model, state.positions, tokens.shape[1])
+    step.run(model.embed(tokens).flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1))
+    after.positions.add_(tokens.shape[1])
+    return after
+
+
+class Step:
+    """The program of T tokens of each text; M = B·T rows, those of a text one after the other."""
+
+    def __init__(self, model: RetNet, state: RetNetState, tokens: int = 1):
+        """Updates `state`, where it lies, whenever it is run."""
+        config, rows = model.config, state.batch_size * tokens
         program = self._program = Program(rows)
         tables = torch.empty(2, rows, 2, config.num_heads, config.qk_head_dim)
-        self._cos, self._sin = tables.unbind()
+        self._model, self._tokens, (self._cos, self._sin) = model, tokens, tables.unbind()
         x = self._x = program.new(config.hidden_size)
         layers = zip(retnet_blocks(model), state.layers, decays(model), strict=True)
         for block, layer, gamma in layers:
             x = self._block(block, x, layer.S, gamma)
+        self._hidden = x
+
+    def head(self) -> "Rows":
+        """The logits are wanted, too."""
+        model, x = self._model, self._hidden
         head = model.embed_tokens if model.lm_head is None else model.lm_head
         if isinstance(head, QuantizedEmbedding):
             head = head.table
-        self._logits = program.product(program.norm(x, model.norm, x.size), head)
-        program.finish()
+        return self._program.product(self._program.norm(x, model.norm, x.size), head)
 
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
-        self._x.values.copy_(self.model.embed(tokens))
-        cos, sin = self._angles.next(self.state.positions)
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Embeddings `[M,D]`, angles `[M,2,H|1,K]` of queries and keys."""
+        self._x.values.copy_(x)
         self._cos.copy_(cos)
         self._sin.copy_(sin)
         self._program.run()
-        self.state.positions.add_(1)
-        return self._logits.values.clone()  # the next step writes over it
 
     def _block(self, block: RetNetBlock, x: "Rows", S: Tensor, gamma: Tensor) -> "Rows":
         program, size = self._program, x.size
@@ -106,7 +150,7 @@ class ProgramRunner:
             program.rotate(x, self._cos[:, which], self._sin[:, which])
             for which, x in enumerate((q, k))
         )
-        o = program.retain(S, gamma, q, k, v)
+        o = program.retain(S, gamma, q, k, v, self._tokens)
         y = program.norm(o, layer.head_norm, S.shape[-1])
         if gate is not None:
             y = program.gate(layer.gate_act, gate, y)
@@ -143,7 +187,7 @@ class Rows:
 
 
 class Program:
-    """Instructions for M rows. Each method but the last two writes one, and gives what it makes."""
+    """Instructions for M rows. Each method but `new` and `run` writes one, and gives its result."""
 
     def __init__(self, rows: int):
         from retentive.ops.cpu import machine, products  # compiled, unless they were before
@@ -152,6 +196,7 @@ class Program:
         self._code: list[list[int]] = []
         self._kept: list[Tensor] = []  # whose addresses are in the program
         self._free: dict[int, list[Tensor]] = {}
+        self._header: Tensor | None = None
         self._read: set[int] = set()  # since the last barrier
         self._written: set[int] = set()
 
@@ -211,13 +256,14 @@ class Program:
         )  # fmt: skip
         return y
 
-    def retain(self, S: Tensor, gamma: Tensor, q: Rows, k: Rows, v: Rows) -> Rows:
-        """o `[M,H·V]` of the state `[M,H,K,V]`, updated in place; gamma `[H,1|K]`."""
+    def retain(self, S: Tensor, gamma: Tensor, q: Rows, k: Rows, v: Rows, tokens: int = 1) -> Rows:
+        """o `[M,H·V]` of the state `[B,H,K,V]`, updated in place; gamma `[H,1|K]`; M = B·tokens."""
         (_, H, K, V), (_, rates) = S.shape, gamma.shape
         o = self.new(H * V)
         self._write(
             self._machine.RETAIN, [q, k, v], o,
-            self._address(S), self._constant(gamma), q, k, v, o, H, k.size // K, K, V, rates,
+            self._address(S), self._constant(gamma), q, k, v, o,
+            H, k.size // K, K, V, rates, tokens,
         )  # fmt: skip
         return o
 
@@ -235,16 +281,17 @@ class Program:
         self._write(self._machine.ADD, [x, y], z, x, y, z, x.size, _bits(alpha))
         return z
 
-    def finish(self) -> None:
-        words = self._products.WORDS
-        code = torch.tensor([[*line, *[0] * (words - len(line))] for line in self._code])
-        self._header = torch.tensor([self._address(code), len(code), self._rows])
-
     def run(self) -> None:
+        """All that has been written."""
+        if self._header is None:
+            words = self._products.WORDS
+            code = torch.tensor([[*line, *[0] * (words - len(line))] for line in self._code])
+            self._header = torch.tensor([self._address(code), len(code), self._rows])
         self._machine.run(self._header, torch.get_num_threads())
 
     def _write(self, code: int, read: list[Rows], written: Rows, *operands: int | Rows) -> None:
         """After a barrier, where a thread may still be at what this reads or writes over."""
+        self._header = None
         inputs, output = {x.values.data_ptr() for x in read}, written.values.data_ptr()
         if output in self._read | self._written or inputs & self._written:
             self._code.append([self._machine.BARRIER])

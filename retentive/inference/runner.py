@@ -36,15 +36,14 @@ class Runner(Protocol):
 
 def runner(model: LanguageModel, state: RetNetState) -> Runner:
     """The fastest there is for the model. Goes on from `state`, which stays as it is."""
-    if isinstance(model, RetNet) and not model.config.attention_layers:
-        from retentive.inference import graphs, program  # they are runners, too
+    from retentive.inference import graphs, program  # they are runners, too
 
-        if state.batch_size and graphs.suits(model):  # a session whose texts have ended has no rows
-            return graphs.GraphRunner(model, state)
-        if program.suits(model):
-            return program.ProgramRunner(model, state.clone())
-        return DecodeRunner(model, state.clone())
-    return ModelRunner(model, state)
+    if not isinstance(model, RetNet) or model.config.attention_layers:
+        return ModelRunner(model, state)
+    if state.batch_size and graphs.suits(model):  # a session whose texts have ended has no rows
+        return graphs.GraphRunner(model, state)
+    kind = program.ProgramRunner if program.suits(model) else DecodeRunner
+    return kind(model, state.clone())
 
 
 class ModelRunner:
@@ -135,15 +134,20 @@ class AnglesAhead:
         Which are those of the last call and one more.
         """
         if not self._angles:
-            ahead = torch.arange(self._count, device=positions.device)
-            angles = self._model.angles(positions[:, None] + ahead)
-            queries, keys = (angles.cos, angles.sin), (angles.key_cos, angles.key_sin)
-            cos, sin = (
-                torch.stack((q, k.expand_as(q)), 2).unbind(1)
-                for q, k in zip(queries, keys, strict=True)
-            )
+            tables = self.table(self._model, positions, self._count)
+            cos, sin = (table.unbind(1) for table in tables)
             self._angles = list(zip(cos, sin, strict=True))[::-1]
         return self._angles.pop()
+
+    @staticmethod
+    def table(model: RetNet, positions: Tensor, count: int) -> tuple[Tensor, ...]:
+        """cos and sin `[B,count,2,H|1,K]` from `positions` on."""
+        ahead = torch.arange(count, device=positions.device)
+        angles = model.angles(positions[:, None] + ahead)
+        queries, keys = (angles.cos, angles.sin), (angles.key_cos, angles.key_sin)
+        return tuple(
+            torch.stack((q, k.expand_as(q)), 2) for q, k in zip(queries, keys, strict=True)
+        )
 
 
 def retnet_blocks(model: RetNet) -> list[RetNetBlock]:

@@ -15,6 +15,7 @@ import torch
 
 from retentive.data.tokenizer import TextTokenizer
 from retentive.errors import InputError
+from retentive.inference import program
 from retentive.inference.runner import Runner, runner
 from retentive.inference.sampling import Sampler, Sampling
 from retentive.inference.text import TextStream
@@ -238,20 +239,30 @@ class Session:
         return together.select([order.index(row) for row in range(len(self.rows))])
 
 
-@torch.inference_mode()
 def read_tokens(model: LanguageModel, rows: Sequence[list[int]], state: RetNetState) -> RetNetState:
     """The state after each row has read its tokens: ragged rows, at most SEGMENT tokens at once."""
     at = 0
     while going := sum(len(tokens) > at for tokens in rows):
         width = max(1, SEGMENT // going)
         segments = [tokens[at : at + width] for tokens in rows]
-        longest = max(map(len, segments))
-        padded = [[*segment, *[0] * (longest - len(segment))] for segment in segments]
-        tokens = torch.tensor(padded, device=model.device)
-        lengths = torch.tensor([[len(segment)] for segment in segments], device=model.device)
-        real = torch.arange(longest, device=model.device) < lengths
-        layout = model.layout(tokens, state, real)
-        _, after = model.hidden(layout.unpad(tokens), state, layout=layout)
-        assert after is not None
-        state, at = after, at + width
+        if program.reads(model, segments):
+            state = program.read(model, segments, state)
+        else:
+            state = _read_ragged(model, segments, state)
+        at += width
     return state
+
+
+@torch.inference_mode()
+def _read_ragged(
+    model: LanguageModel, rows: Sequence[list[int]], state: RetNetState
+) -> RetNetState:
+    longest = max(map(len, rows))
+    padded = [[*tokens, *[0] * (longest - len(tokens))] for tokens in rows]
+    tokens = torch.tensor(padded, device=model.device)
+    lengths = torch.tensor([[len(tokens)] for tokens in rows], device=model.device)
+    real = torch.arange(longest, device=model.device) < lengths
+    layout = model.layout(tokens, state, real)
+    _, after = model.hidden(layout.unpad(tokens), state, layout=layout)
+    assert after is not None
+    return after

@@ -1,13 +1,16 @@
 """What a program is written from, and when there is none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from retentive.inference.program import ProgramRunner, suits
+from retentive.inference.program import FEW, ProgramRunner, read, reads, suits
 from retentive.inference.runner import runner
 from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
+from retentive.models.state import RetNetState
 from retentive.ops.cpu.available import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs numba, and Linux")
@@ -69,6 +72,37 @@ def test_gathered_logits_are_not_written_over():
     assert torch.equal(first, kept)
 
 
+@pytest.mark.parametrize("fields", [{}, {"num_kv_heads": 2, "row_scale": True, "gated_ffn": True}])
+@pytest.mark.parametrize("rows", [[[3]], [[3, 4, 5]], [[3, 4, 5, 6], [7, 8, 9, 10]]])
+@torch.no_grad()
+def test_a_short_prompt_is_read_as_the_model_reads_it(rows, fields):
+    model = RetNet(replace(CONFIG, **fields)).eval()
+    _, before = model(torch.tensor([[1, 2]] * len(rows)))
+    assert reads(model, rows)
+    state = read(model, rows, before)
+    _, expected = model.double()(torch.tensor(rows), doubled(before))
+    assert state.positions.tolist() == expected.positions.tolist()
+    for got, exact in zip(state.layers, expected.layers, strict=True):
+        assert (got.S - exact.S).norm() < 1e-6 * exact.S.norm()
+
+
+def test_the_state_read_from_stays_as_it_was():
+    model = build()
+    state = model.init_state(1)
+    read(model, [[3, 4]], state)
+    assert not any(layer.S.any() for layer in state.layers) and not state.positions.any()
+
+
+def test_other_prompts_are_left_to_the_model():
+    model = build()
+    assert reads(model, [[3] * FEW]) and not reads(model, [[3] * (FEW + 1)])
+    assert not reads(model, [[3], [4, 5]]) and not reads(model.double(), [[3]])
+
+
+def doubled(state: RetNetState) -> RetNetState:
+    return RetNetState(state.positions, [type(x)(x.S.double()) for x in state.layers])
+
+
 class Adapter(nn.Linear):
     pass
 
@@ -83,7 +117,6 @@ def test_what_a_program_does_not_know_is_left_to_the_modules():
 
 
 def test_dropout_does_nothing_while_decoding():
-    fields = {**CONFIG.to_dict(), "dropout": 0.5}
-    model, plain = RetNet(RetNetConfig.from_dict(fields)).eval(), build()
+    model, plain = RetNet(replace(CONFIG, dropout=0.5)).eval(), build()
     model.load_state_dict(plain.state_dict())
     assert torch.equal(logits(model, 2, [3, 4]), logits(plain, 2, [3, 4]))

@@ -7,7 +7,7 @@ through the whole program, does its share of each instruction, and waits for the
 program has a barrier.
 
 Importing this compiles it by numba for the processor: a few seconds, kept on disk. What rows hold
-is float32. Legend: M rows (a text each), H and G heads, K and V head dims.
+is float32. Legend: M rows (a token each), H and G heads, K and V head dims.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -29,8 +29,8 @@ from retentive.ops.cpu.products import WORDS, call, compiled, float_of, floats, 
 BARRIER = 0
 PRODUCT = 1  # see `products.WORDS`
 NORM = 2  # kind, x, y, weight, bias, bits of eps, rows, size
-ROTATE = 3  # x, y, cos, sin, heads, K, floats between the tables of two rows
-RETAIN = 4  # S, gamma, q, k, v, o, heads, heads of k and v, K, V, decays of a head
+ROTATE = 3  # x, y, cos, sin, heads, K, numbers between the tables of two rows
+RETAIN = 4  # S, gamma, q, k, v, o, H, G, K, V, decays of a head, tokens of a text
 GATE = 5  # act, gate, x or 0, y, size
 ADD = 6  # x, z, y, size, bits of the scale of x
 
@@ -150,32 +150,36 @@ def _run_rotate(op, M, thread, threads):
 
 @njit
 def _run_retain(op, M, thread, threads):
-    """S ← γ S + kᵀ v, o = q S (paper §2.2); threads share the heads, or the columns of each."""
-    H, G, K, V, rates = op[7], op[8], op[9], op[10], op[11]
-    parts = 1 if M * H % threads == 0 else threads
-    low, high = share(M * H * parts, thread, threads)
+    """S ← γ S + kᵀ v, o = q S (paper §2.2), token after token of each text.
+
+    Threads share the heads, or else the columns of each.
+    """
+    H, V, tokens = op[7], op[10], op[12]
+    heads = M // tokens * H
+    parts = 1 if heads % threads == 0 else threads
+    low, high = share(heads * parts, thread, threads)
     for item in range(low, high):
         head, part = item // parts, item % parts
-        group = head // H * G + head % H * G // H
         first, end = share(V, part, parts)
-        columns = end - first
-        gamma = floats(op[2] + 4 * (head % H) * rates, rates)
-        q, k = floats(op[3] + 4 * head * K, K), floats(op[4] + 4 * group * K, K)
-        v = floats(op[5] + 4 * (group * V + first), columns)
-        o = floats(op[6] + 4 * (head * V + first), columns)
-        _retain(op[1] + 4 * (head * K * V + first), V, gamma, q, k, v, o)
+        for token in range(tokens):
+            _retain(op, head // H, head % H, head // H * tokens + token, first, end)
 
 
 @njit
-def _retain(S, V, gamma, q, k, v, o):
-    """Two rows of the state at once: K is even, and o is read half as often."""
+def _retain(op, text, h, row, first, end):
+    """Columns of a head, two rows of S at once: so o is read half as often."""
+    H, G, K, V, rates = op[7], op[8], op[9], op[10], op[11]
+    columns, group = end - first, row * G + h * G // H
+    S, gamma = op[1] + 4 * ((text * H + h) * K * V + first), floats(op[2] + 4 * h * rates, rates)
+    q, k = floats(op[3] + 4 * (row * H + h) * K, K), floats(op[4] + 4 * group * K, K)
+    v = floats(op[5] + 4 * (group * V + first), columns)
+    o = floats(op[6] + 4 * ((row * H + h) * V + first), columns)
     o[:] = 0
-    last = gamma.size - 1
-    for a in range(0, k.size, 2):
+    for a in range(0, K, 2):  # K is even
         b = a + 1
-        upper, lower = floats(S + 4 * a * V, v.size), floats(S + 4 * b * V, v.size)
-        decay, other = gamma[min(a, last)], gamma[min(b, last)]
-        for j in range(v.size):
+        upper, lower = floats(S + 4 * a * V, columns), floats(S + 4 * b * V, columns)
+        decay, other = gamma[min(a, rates - 1)], gamma[min(b, rates - 1)]
+        for j in range(columns):
             s, t = decay * upper[j] + k[a] * v[j], other * lower[j] + k[b] * v[j]
             upper[j], lower[j] = s, t
             o[j] += q[a] * s + q[b] * t

@@ -36,7 +36,6 @@ def given(program: Program, x: torch.Tensor) -> Rows:
 
 def run(program: Program, result: Rows) -> torch.Tensor:
     result.values.fill_(float("nan"))  # nothing may be left out
-    program.finish()
     program.run()
     return result.values
 
@@ -132,21 +131,25 @@ def test_infinities_and_nan_show():
 
 
 @pytest.mark.parametrize("rates", [1, 6])
-@pytest.mark.parametrize("rows, heads, groups", [(1, 3, 3), (2, 4, 2), (5, 1, 1)])
-def test_retention(rows, heads, groups, rates):
+@pytest.mark.parametrize("texts, tokens", [(1, 1), (2, 1), (5, 1), (1, 7), (3, 4)])
+@pytest.mark.parametrize("heads, groups", [(3, 3), (4, 2), (1, 1)])
+def test_retention(texts, tokens, heads, groups, rates):
     torch.manual_seed(0)
     K, V = 6, 35
-    S, gamma = torch.randn(rows, heads, K, V), torch.rand(heads, rates)
-    q, k = torch.randn(rows, heads, K), torch.randn(rows, groups, K)
-    v = torch.randn(rows, groups, V)
-    shared = [x.double().repeat_interleave(heads // groups, 1) for x in (k, v)]
-    after = gamma.double().unsqueeze(-1) * S + torch.einsum("bhk,bhv->bhkv", *shared)
-    program = Program(rows)
-    inputs = (given(program, x.flatten(1)) for x in (q, k, v))
-    o = run(program, program.retain(S, gamma, *inputs))
-    torch.testing.assert_close(S.double(), after, rtol=4 * EPS, atol=8 * EPS)
-    expected = torch.einsum("bhk,bhkv->bhv", q.double(), after).flatten(1)
-    torch.testing.assert_close(o.double(), expected, rtol=16 * EPS, atol=128 * EPS)
+    S, gamma = torch.randn(texts, heads, K, V), torch.rand(heads, rates)
+    q, k = torch.randn(texts, tokens, heads, K), torch.randn(texts, tokens, groups, K)
+    v = torch.randn(texts, tokens, groups, V)
+    expected, exact = S.double(), []
+    for at in range(tokens):
+        kt, vt = (x[:, at].double().repeat_interleave(heads // groups, 1) for x in (k, v))
+        expected = gamma.double().unsqueeze(-1) * expected + kt.unsqueeze(-1) * vt.unsqueeze(-2)
+        exact.append(torch.einsum("bhk,bhkv->bhv", q[:, at].double(), expected))
+    program = Program(texts * tokens)
+    inputs = (given(program, x.flatten(2).flatten(0, 1)) for x in (q, k, v))
+    o = run(program, program.retain(S, gamma, *inputs, tokens))
+    torch.testing.assert_close(S.double(), expected, rtol=8 * EPS, atol=32 * EPS)
+    exact = torch.stack(exact, 1).flatten(2).flatten(0, 1)
+    torch.testing.assert_close(o.double(), exact, rtol=16 * EPS, atol=256 * EPS)
 
 
 def test_one_waits_for_the_other_only_where_it_must():
