@@ -23,7 +23,6 @@ from retentive.inference.sampling import Sampling
 from retentive.inference.session import Piece, Session
 from retentive.models.checkpoint import load
 from retentive.models.retnet import RetNet
-from retentive.ops.cpu.available import on_compiling
 
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")
 
@@ -101,10 +100,6 @@ def main(argv: Sequence[str]) -> int | None:
         model = load(options.model, **place)
     else:
         model = load_adapted(options.model, options.adapter, **place)
-    if device.type == "cpu":
-        on_compiling(
-            lambda: print("compiling for this processor, once: some 10 s", file=sys.stderr)
-        )
     tokenizer = load_tokenizer(options.model)
     if options.load_state is not None:
         session = Session.load(

@@ -1,9 +1,10 @@
-"""A RetNet's decoding step as a program of `ops.cpu.machine`, and the runner that runs it.
+"""A few tokens of a RetNet as a program of `ops.cpu.machine`: a decoding step, a short prompt.
 
 The program is written once for a batch, by a walk through the model: a block's own `join` is run on
 `Rows`, which write down what is done to them. Weights stay the model's own.
 
-Shapes: M rows (a text each), D width, G key and value heads, H heads, K and V head dims.
+Shapes: B texts, T tokens of each, M = B·T rows, D width, G key and value heads, H heads, K and V
+head dims.
 """
 
 import struct
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retentive.errors import InputError
 from retentive.inference.runner import AHEAD, AnglesAhead, decays, retnet_blocks
-from retentive.models.block import Join
+from retentive.models.block import JOINS
 from retentive.models.fused import ACTIVATIONS, norm_parts
 from retentive.models.language_model import LanguageModel
 from retentive.models.layers import FeedForward, MultiScaleRetention, Repeated, Scaled
@@ -32,9 +34,9 @@ from retentive.ops.cpu.available import available
 KNOWN = {
     RetNet, RetNetBlock, MultiScaleRetention, FeedForward, nn.ModuleList, nn.Dropout, Scaled,
     Linear, QuantizedLinear, nn.Embedding, QuantizedEmbedding, nn.LayerNorm, RMSNorm,
-    Rotation, XPosRetention, Constant, Repeated,
+    Rotation, XPosRetention, Constant, Repeated, *JOINS.values(),
 }  # fmt: skip
-"""What a program knows how to do, beside `Join`s. An adapter's modules are of other types."""
+"""What a program knows how to do. An adapter's modules are of other types."""
 
 
 FEW = 32  # tokens; for more the chunkwise form and torch's matrix products are faster
@@ -49,17 +51,24 @@ def suits(model: LanguageModel) -> bool:
         and model.dtype in (torch.float32, torch.bfloat16)
         and available()
         and all(
-            (type(part) in KNOWN or isinstance(part, Join))
-            and not (part._forward_hooks or part._forward_pre_hooks)
+            type(part) in KNOWN
+            and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
             for part in model.modules()
         )
+        and all(_readable(tensor) for tensor in (*model.parameters(), *model.buffers()))
     )
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether a program reads it right: whole rows, of a kind that it knows."""
+    kinds = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
+    return tensor.device.type == "cpu" and tensor.dtype in kinds and tensor.is_contiguous()
 
 
 class ProgramRunner:
     """A `Runner` whose step is a program: of a model that `suits`, going on from its own `state`.
 
-    The model's weights may change while there is a runner; which tensors they are must not.
+    It is for the weights that the model has when it is made.
     """
 
     @torch.inference_mode()
@@ -71,6 +80,10 @@ class ProgramRunner:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
+        if len(tokens) != self.state.batch_size:
+            raise InputError(
+                f"{len(tokens)} tokens for {self.state.batch_size} texts; give one for each"
+            )
         self._step.run(self.model.embed(tokens), *self._angles.next(self.state.positions))
         self.state.positions.add_(1)
         return self._logits.values.clone()  # the next step writes over it
@@ -102,6 +115,9 @@ class Step:
 
     def __init__(self, model: RetNet, state: RetNetState, tokens: int = 1):
         """Updates `state`, where it lies, whenever it is run."""
+        model.check_state(state)
+        if any(layer.S.dtype != torch.float32 for layer in state.layers):
+            raise InputError("the state is of a model in another dtype; give one of this model")
         config, rows = model.config, state.batch_size * tokens
         program = self._program = Program(rows)
         tables = torch.empty(2, rows, 2, config.num_heads, config.qk_head_dim)
@@ -303,7 +319,7 @@ class Program:
         self._code.append([code, *words])
 
     def _address(self, tensor: Tensor) -> int:
-        self._kept.append(tensor)
+        self._kept.append(tensor.detach())  # the values, whichever tensor a parameter has later
         return tensor.data_ptr()
 
     def _constant(self, tensor: Tensor | None) -> int:

@@ -240,7 +240,10 @@ class Session:
 
 
 def read_tokens(model: LanguageModel, rows: Sequence[list[int]], state: RetNetState) -> RetNetState:
-    """The state after each row has read its tokens: ragged rows, at most SEGMENT tokens at once."""
+    """The state after each row has read its tokens: ragged rows, at most SEGMENT tokens at once.
+
+    A few tokens, as many in each row, are read by a program.
+    """
     at = 0
     while going := sum(len(tokens) > at for tokens in rows):
         width = max(1, SEGMENT // going)

@@ -286,9 +286,12 @@ class LanguageModel(nn.Module):
                 f"tokens are {list(tokens.shape[:2])} for a layout of {[rows, length]};"
                 " bring them into its form first"
             )
-        if state is None:
-            return
-        self._positions(state, layout.rows)
+        if state is not None:
+            self._positions(state, layout.rows)
+            self.check_state(state)
+
+    def check_state(self, state: RetNetState) -> None:
+        """InputError for a state of a model with other layers."""
         expected = [block.state_signature for block in self.blocks]
         if [layer.signature for layer in state.layers] != expected:
             raise InputError(

@@ -19,7 +19,7 @@ MANY_ROWS = 64  # from where on a product with its backward is faster, which tra
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b for x `[...,in]` and W `[out,in]`; these may be transposed views. Keeps no graph."""
-    if suits_onednn(x):
+    if suits_onednn(x) and (weight.dtype, weight.shape[1]) == (x.dtype, x.shape[-1]):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -28,6 +28,7 @@ def suits_onednn(x: Tensor) -> bool:
     """Whether a product of the rows of x `[...,in]` is oneDNN's; a compiler chooses by itself."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() >= x.shape[-1] * (MANY_ROWS if torch.is_grad_enabled() else 1)

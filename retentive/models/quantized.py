@@ -36,12 +36,10 @@ TILE = 64  # torch's kernels take rows and columns of a weight in tiles; some do
 class QuantizedLinear(nn.Module):
     """x Wᵀ + b for x `[...,in]`, in the dtype of x.
 
-    x is rounded to bfloat16 or, where the CPU multiplies whole numbers (8 bits, VNNI), to 255 steps
-    a row. Sums are float32.
-
-    Its buffers are what is stored. On a CPU they are brought into the layout of torch's kernels,
-    beside what is stored, at the first call. Without such a kernel (other devices) the weight is
-    dequantised at every call: right, but slow.
+    Its buffers are what is stored, and what decoding on a CPU reads (`inference.program`). Called
+    on a CPU, as it is for longer prompts, it makes the layout of torch's kernels beside them, once;
+    x is then rounded to bfloat16 or, where the CPU multiplies whole numbers (8 bits, VNNI), to 255
+    steps a row. On other devices the weight is dequantised at every call: right, but slow.
     """
 
     qweight: Tensor

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from retentive.errors import InputError
 from retentive.inference.program import FEW, ProgramRunner, read, reads, suits
 from retentive.inference.runner import runner
 from retentive.models.config import RetNetConfig
@@ -44,12 +45,16 @@ def test_a_batch_of_no_rows_has_a_runner():
     assert runner(model, model.init_state(0)).state.batch_size == 0
 
 
-def test_weights_may_change_under_a_runner():
-    model, other = build(), build(seed=1)
-    decoding = runner(model, model.init_state(2))
-    model.load_state_dict(other.state_dict())
-    expected = logits(other, 2, [3])[0]
-    assert torch.equal(decoding.step(torch.tensor([3, 3])), expected)
+def test_a_runner_keeps_the_weights_it_was_made_for():
+    """Also where the model's are elsewhere by now, and their memory would be given to others."""
+    model = build()
+    expected = logits(model, 1, [3])[0]
+    decoding = runner(model, model.init_state(1))
+    model.double()
+    others = [torch.full((64, 64), 7.0) for _ in range(100)]
+    model.float()
+    assert torch.equal(decoding.step(torch.tensor([3])), expected)
+    del others
 
 
 def test_a_state_that_is_no_block_of_memory():
@@ -108,12 +113,32 @@ class Adapter(nn.Linear):
 
 
 def test_what_a_program_does_not_know_is_left_to_the_modules():
-    adapted, hooked, exact = build(), build(), build().double()
-    layer = adapted.layers[1].get_submodule("ffn")
-    layer.down_proj = Adapter(layer.down_proj.in_features, 64)
+    adapted, hooked, replaced, exact = (build() for _ in range(4))
+    ffn = adapted.layers[1].get_submodule("ffn")
+    ffn.down_proj = Adapter(ffn.down_proj.in_features, 64)
     hooked.layers[0].register_forward_hook(lambda *_: None)
+    replaced.norm.forward = lambda x: x
     assert suits(build()) and suits(build().bfloat16())
-    assert not any(suits(model) for model in (adapted, hooked, exact))
+    assert not any(suits(model) for model in (adapted, hooked, replaced, exact.double()))
+
+
+def test_weights_that_it_would_read_wrongly_are_left_to_the_modules():
+    columns, half, mixed = build(), build(), build()
+    columns.lm_head.weight.data = columns.lm_head.weight.mT.contiguous().mT
+    half.lm_head.half()
+    mixed.layers[0].ffn.up_proj.double()
+    assert not any(suits(model) for model in (columns, half, mixed))
+
+
+def test_what_does_not_fit_is_refused():
+    model = build()
+    other = RetNet(replace(CONFIG, num_heads=2))
+    with pytest.raises(InputError, match="of another model"):
+        runner(model, other.init_state(1))
+    with pytest.raises(InputError, match="in another dtype"):
+        runner(model, doubled(model.init_state(1)))
+    with pytest.raises(InputError, match="1 tokens for 3 texts"):
+        runner(model, model.init_state(3)).step(torch.tensor([5]))
 
 
 def test_dropout_does_nothing_while_decoding():

@@ -156,3 +156,20 @@ def test_what_a_norm_gave_is_not_kept():
             layer(y)
     weights = norm.weight.numel() + sum(layer.weight.numel() for layer in layers)
     assert sum(t.numel() for t in kept.values()) == x.numel() + x.shape[1] + weights
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@torch.no_grad()
+def test_a_model_can_be_traced():
+    layer, x = layer_and_input(200)
+    traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_refused_in_torchs_words():
+    layer, _ = layer_and_input(2)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        layer(torch.zeros(2, 47))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer.double()(torch.zeros(2, 48))

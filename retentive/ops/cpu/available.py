@@ -1,9 +1,9 @@
-"""Whether the kernels for CPUs can run here; imports neither them nor what they need."""
+"""Whether the kernels for CPUs can run here; imports none of them."""
 
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,29 +16,18 @@ THREADS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_t
 @functools.cache
 def available() -> bool:
     """With numba, where the threads that torch computes with can be borrowed: on Linux."""
-    if not sys.platform.startswith("linux") or find_spec("numba") is None:
+    if not sys.platform.startswith("linux") or find_spec("numba") is None or not _has_threads():
         return False
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        warnings.warn(f"decoding is slower for want of numba: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _has_threads() -> bool:
     try:
         return all(hasattr(ctypes.CDLL(str(LIBRARY)), name) for name in THREADS)
     except OSError:
         return False
-
-
-def on_compiling(say: Callable[[], None]) -> None:
-    """Calls `say`, once, if kernels have to be compiled: some seconds, once for a processor."""
-    if not available():
-        return
-    from numba.core import event
-
-    class Listener(event.Listener):
-        def on_start(self, event: event.Event) -> None:
-            nonlocal told
-            if not told:
-                told = True
-                say()
-
-        def on_end(self, event: event.Event) -> None:
-            pass
-
-    told = False
-    event.register("numba:compile", Listener())

@@ -15,15 +15,21 @@ Legend: M rows of x, N outputs, K inputs; x and y are float32.
 # numba hands its functions other arguments than they have names for.
 
 import functools
+import hashlib
+import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
 from numba import carray, cfunc, njit, types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic
 
+log = logging.getLogger(__name__)
+
+SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 WORDS = 14  # int64 of an instruction of the machine, of which a product is one: its code, then
 # `product`'s address, weight, scales, zeros, gains, bias, x, y, N, K, bytes of a row of the weight,
 # bytes of a row of scales, log2 of the columns of a group; an address may be 0 for none
@@ -292,19 +298,39 @@ def _product(form: int) -> Any:
     return product
 
 
+class _Notice(event.Listener):
+    """Says once what a first use waits for."""
+
+    said = False
+
+    def on_start(self, event: event.Event) -> None:
+        if not self.said:
+            _Notice.said = True
+            log.warning("compiling kernels for this processor: some 10 s, the first time only")
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
 def compiled(function: Callable, *kinds: types.Type) -> Any:
-    """Machine code that takes arguments of these kinds; kept on disk where one may write."""
+    """Machine code that takes arguments of these kinds; kept on disk where one may write.
+
+    It is kept for the sources of all kernels: numba looks at the file of a function only.
+    """
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
+    function.__qualname__ = f"{function.__name__}_{digest[:12]}"
     how: dict[str, Any] = {"error_model": "numpy"}
-    try:
-        return cfunc(types.void(*kinds), cache=True, **how)(function)
-    except (RuntimeError, OSError):  # nowhere to keep it, or the disk is full
-        return cfunc(types.void(*kinds), **how)(function)
+    with event.install_listener("numba:compile", _Notice()):
+        try:
+            return cfunc(types.void(*kinds), cache=True, **how)(function)
+        except (RuntimeError, OSError):  # nowhere to keep it, or the disk is full
+            return cfunc(types.void(*kinds), **how)(function)
 
 
 _float32, _bfloat16, _int8, _int4 = (_product(form) for form in (FLOAT32, BFLOAT16, INT8, INT4))
 
 
-# What is kept on disk goes by the name of a function of this file.
+# What is kept on disk has to be a function of a module.
 
 
 def _float32_product(address, M, low, high):

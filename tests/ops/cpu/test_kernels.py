@@ -212,10 +212,31 @@ def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(problem, monkeypa
 
     compile = products.cfunc
 
+    def nothing(x: int) -> None:
+        pass
+
     def cfunc(*given: Any, cache: bool = False, **how: Any) -> Any:
         if cache:
             raise problem
         return compile(*given, **how)
 
     monkeypatch.setattr(products, "cfunc", cfunc)
-    assert products.compiled(lambda x: None, types.int64).address
+    assert products.compiled(nothing, types.int64).address
+
+
+def test_what_is_kept_is_of_the_sources_that_are_there(tmp_path, monkeypatch):
+    """A function goes by the sources of all kernels, not only by its own file's."""
+    from numba import types
+
+    from retentive.ops.cpu import products
+
+    def nothing(x: int) -> None:
+        pass
+
+    names = set()
+    for source in ("one", "another"):
+        (tmp_path / "source.py").write_text(source)
+        monkeypatch.setattr(products, "SOURCES", [tmp_path / "source.py"])
+        products.compiled(nothing, types.int64)
+        names.add(nothing.__qualname__)
+    assert len(names) == 2
