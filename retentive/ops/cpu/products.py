@@ -71,8 +71,7 @@ def call(b: ir.IRBuilder, name: str, result: ir.Type, *given: Any, **how: Any) -
 
 
 def _fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
-    """x y + z, of numbers or vectors."""
-    return call(b, "llvm.fma.f32" if x.type == f32 else "llvm.fma.v16f32", x.type, x, y, z)
+    return call(b, "llvm.fma.v16f32", x.type, x, y, z)
 
 
 def _load(b: ir.IRBuilder, address: Any, type: ir.Type, mask: Any = None) -> Any:
@@ -85,10 +84,14 @@ def _load(b: ir.IRBuilder, address: Any, type: ir.Type, mask: Any = None) -> Any
     return call(b, name, vector, pointer, i32(size), mask, vector(None))
 
 
-def _load_bfloat16(b: ir.IRBuilder, address: Any) -> Any:
-    """One number, as float32."""
-    bits = b.load(b.inttoptr(address, i16.as_pointer()), align=2)
-    return b.bitcast(b.shl(b.zext(bits, i32), i32(16)), f32)
+def _spread_bfloat16(b: ir.IRBuilder, address: Any) -> Any:
+    """One number, as float32 in every lane: twice in each, of which the upper half stays."""
+    pairs = ir.VectorType(i16, 2 * LANES)
+    number = b.load(b.inttoptr(address, i16.as_pointer()), align=2)
+    one = b.insert_element(ir.Constant(pairs, ir.Undefined), number, i32(0))
+    all = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, 2 * LANES), [0] * 2 * LANES))
+    upper = b.and_(b.bitcast(all, _vector(i32)), _all(-(2**16)))
+    return b.bitcast(upper, _vector(f32))
 
 
 def _floats_of(b: ir.IRBuilder, x: Any, form: int) -> Any:
@@ -103,8 +106,8 @@ def _floats_of(b: ir.IRBuilder, x: Any, form: int) -> Any:
 def _nibbles(b: ir.IRBuilder, row: Any, k: Any, scales: Any, zeros: Any, shift: Any) -> list[Any]:
     """UNIT columns from k on: W = (code - 8) scale + zero; column 2j is the low half of byte j."""
     group = b.mul(b.lshr(k, shift), i64(2))
-    scale, zero = (_load_bfloat16(b, b.add(start, group)) for start in (scales, zeros))
-    slope, offset = _spread(b, scale), _spread(b, _fma(b, scale, f32(-8.0), zero))
+    slope, zero = (_spread_bfloat16(b, b.add(start, group)) for start in (scales, zeros))
+    offset = _fma(b, slope, ir.Constant(_vector(f32), [-8.0] * LANES), zero)
     packed = _load(b, b.add(row, b.lshr(k, i64(1))), i8)
     low, high = b.and_(packed, _all(15, i8)), b.lshr(packed, _all(4, i8))
     columns = []
@@ -271,7 +274,10 @@ def _strip(form: int, R: int, texts: int) -> Any:
 
 def _product(form: int) -> Any:
     """y = x Wᵀ, of the outputs from `low` to `high`."""
-    (a, most), (b, more), (c, few), (d, one) = ((_strip(form, R, M), M) for R, M in TILES)
+    *tiles, (R, M) = TILES
+    # To widen 4 bits takes so long that the sum of one row would wait for its own last step.
+    tiles.append((4 * R, M) if form == INT4 else (R, M))
+    (a, most), (b, more), (c, few), (d, one) = ((_strip(form, R, M), M) for R, M in tiles)
 
     @_named(f"product_{form}")
     def product(address, M, low, high):
