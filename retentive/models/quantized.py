@@ -29,6 +29,7 @@ Kernel = Callable[[Tensor], Tensor]  # [M,K] -> [M,N] of some dtype
 
 STORED = ("qweight", "scales", "zeros")
 FEW_ROWS = 8  # that oneDNN chooses its layout for
+MANY_ROWS = 32  # from where on a layout costs little beside the product
 _TINY = 1e-30
 TILE = 64  # torch's kernels take rows and columns of a weight in tiles; some do not check the ends
 
@@ -37,9 +38,10 @@ class QuantizedLinear(nn.Module):
     """x Wᵀ + b for x `[...,in]`, in the dtype of x.
 
     Its buffers are what is stored, and what decoding on a CPU reads (`inference.program`). Called
-    on a CPU, as it is for longer prompts, it makes the layout of torch's kernels beside them, once;
-    x is then rounded to bfloat16 or, where the CPU multiplies whole numbers (8 bits, VNNI), to 255
-    steps a row. On other devices the weight is dequantised at every call: right, but slow.
+    on a CPU it multiplies by torch's kernels, with x rounded to bfloat16 or, where the CPU
+    multiplies whole numbers (8 bits, VNNI), to 255 steps a row. What these need of a weight is made
+    anew for many rows and kept for few, which come again and again. On other devices the weight is
+    dequantised at every call: right, but slow.
     """
 
     qweight: Tensor
@@ -63,9 +65,7 @@ class QuantizedLinear(nn.Module):
         if x.device.type != "cpu":
             y = F.linear(x, self.weight.to(x.dtype))
         else:
-            if self._kernel is None:
-                self._kernel = self._make_kernel()
-            y = self._kernel(x.reshape(-1, self.in_features))
+            y = self._product(x.reshape(-1, self.in_features))
             y = y.view(*x.shape[:-1], self.out_features)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
@@ -112,10 +112,18 @@ class QuantizedLinear(nn.Module):
         return {**self.__dict__, "_kernel": None}
 
     @torch.no_grad()
-    def _make_kernel(self) -> Kernel:
+    def _product(self, x: Tensor) -> Tensor:
+        if len(x) >= MANY_ROWS:
+            return self._make_kernel(many=True)(x)
+        kernel = self._kernel = self._kernel or self._make_kernel(many=False)
+        return kernel(x)
+
+    def _make_kernel(self, many: bool) -> Kernel:
         bits = self.quantization.bits
         if bits == 8 and _has_vnni():
             return WholeNumberKernel(self)
+        if many:
+            return DenseKernel(self)
         return {16: Bfloat16Kernel, 8: Int8Kernel, 4: Int4Kernel}[bits](self)
 
     def extra_repr(self) -> str:
@@ -226,9 +234,7 @@ class WholeNumberKernel:
 
 
 class Int8Kernel:
-    """For other CPUs: torch's for 8-bit weights at few rows, a dense product at many."""
-
-    MANY_ROWS = 24
+    """torch's for 8-bit weights, for other CPUs."""
 
     def __init__(self, layer: QuantizedLinear):
         assert layer.scales is not None
@@ -242,19 +248,11 @@ class Int8Kernel:
         x = x.bfloat16()
         if self.padding:  # F.pad copies even what it does not pad
             x = F.pad(x, (0, self.padding))
-        if len(x) < self.MANY_ROWS:
-            return torch.ops.aten._weight_int8pack_mm(x, self.qweight, self.scales)
-        return _dense(x, self.qweight).float().mul_(self.scales)
+        return torch.ops.aten._weight_int8pack_mm(x, self.qweight, self.scales)
 
 
 class Int4Kernel:
-    """torch's for 4-bit weights at few rows; at many they are unpacked from its own layout.
-
-    That layout is torch's private matter and depends on the processor. It is one of those tried
-    here, or it is not read: then the kernel serves many rows, too.
-    """
-
-    MANY_ROWS = 96
+    """torch's for 4-bit weights."""
 
     def __init__(self, layer: QuantizedLinear):
         assert layer.scales is not None and layer.zeros is not None
@@ -265,40 +263,31 @@ class Int4Kernel:
         affine = torch.stack((layer.scales, layer.zeros), -1)
         self.affine = F.pad(affine, (0, 0, 0, 0, 0, more)).transpose(0, 1).contiguous()  # [K/G,N,2]
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-        columns = codes.T
-        self.tile = next((n for n in (64, 32) if torch.equal(self._codes(n), columns)), None)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.bfloat16()
         if self.padding:
             x = F.pad(x, (0, self.padding))
-        if self.tile is None or len(x) < self.MANY_ROWS:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x, self.packed, self.group_size, self.affine
-            )
-        else:
-            y = _dense(x, self._unpacked(self.tile).T)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.affine)
         return y[:, : self.outputs]
 
-    def _codes(self, tile: int) -> Tensor:
-        """uint8 `[K,N]`, if each `tile` rows of the weight lie together, column by column.
 
-        A column of a tile is tile/2 bytes, its first half of rows in their low halves.
-        """
-        tiles = self.packed.view(-1, self.packed.numel() * 2 // len(self.packed), tile // 2)
-        return torch.stack((tiles & 15, tiles >> 4), 2).permute(1, 0, 2, 3).flatten(1)
+class DenseKernel:
+    """A product with the weight as bfloat16 or, where that is no faster, float32: for many rows."""
 
-    def _unpacked(self, tile: int) -> Tensor:
-        """The weight, bfloat16 `[K,N]`."""
-        codes = self._codes(tile).view(torch.int8).sub_(8).bfloat16()
-        scales, zeros = (x.contiguous() for x in self.affine.unsqueeze(1).unbind(-1))
-        return torch.addcmul(zeros, codes.unflatten(0, (-1, self.group_size)), scales).flatten(0, 1)
+    def __init__(self, layer: QuantizedLinear):
+        self.dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
+        self.weight, self.scales = layer.qweight, layer.scales
+        if layer.zeros is not None and layer.scales is not None:
+            scales, zeros, self.scales = layer.scales.unsqueeze(-1), layer.zeros.unsqueeze(-1), None
+            codes = unpack_nibbles(layer.qweight).view(torch.int8).sub_(8).bfloat16()
+            codes = codes.unflatten(-1, (scales.shape[1], -1))
+            weight = torch.addcmul(zeros, codes, scales).flatten(-2)
+            self.weight = weight[:, : layer.in_features]
 
-
-def _dense(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ, where the CPU has bfloat16 products, which are twice as fast, by these."""
-    dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
-    return F.linear(x.to(dtype), weight.to(dtype))
+    def __call__(self, x: Tensor) -> Tensor:
+        y = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+        return y if self.scales is None else y.float().mul_(self.scales)
 
 
 def _has_bfloat16() -> bool:

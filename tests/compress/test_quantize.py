@@ -25,7 +25,7 @@ from retentive.models.checkpoint import load_config, save_model
 from retentive.models.config import Quantization, RetNetConfig, TransformerConfig
 from retentive.models.files import fingerprint
 from retentive.models.nested import AttentionConfig
-from retentive.models.quantized import Int4Kernel, QuantizedLinear, pack_nibbles, unpack_nibbles
+from retentive.models.quantized import MANY_ROWS, QuantizedLinear, pack_nibbles, unpack_nibbles
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 from retentive.ops.cpu.available import available
@@ -168,13 +168,14 @@ def test_a_row_of_zeros_gives_zeros():
     assert not linear(random(64, 64), 8)(torch.zeros(2, 64)).any()
 
 
-def test_four_bits_in_a_layout_unknown_here_are_left_to_torchs_kernel(monkeypatch):
-    layer, x = linear(random(64, 64), 4), random(200, 64)
-    expected = layer(x)
-    monkeypatch.setattr(Int4Kernel, "_codes", lambda self, tile: torch.zeros(1))
-    strange = linear(random(64, 64), 4)
-    assert strange._make_kernel().tile is None
-    assert distance(strange(x), expected) < 1.5 * BF16
+@pytest.mark.parametrize("bits", BITS)
+def test_nothing_is_kept_for_many_rows(bits):
+    """It would be in memory beside what is stored; few rows come again and again."""
+    layer = linear(random(64, 64), bits)
+    layer(random(MANY_ROWS, 64))
+    assert layer._kernel is None
+    layer(random(MANY_ROWS - 1, 64))
+    assert layer._kernel is not None
 
 
 # The model
