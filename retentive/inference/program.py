@@ -39,7 +39,8 @@ KNOWN = {
 """What a program knows how to do. An adapter's modules are of other types."""
 
 
-FEW = 32  # tokens; for more the chunkwise form and torch's matrix products are faster
+FEW = {32: 32, 16: 32, 8: 128, 4: 256}
+"""By the bits of a weight: for more tokens the chunkwise form and dense products are faster."""
 
 
 def suits(model: LanguageModel) -> bool:
@@ -91,8 +92,9 @@ class ProgramRunner:
 
 def reads(model: LanguageModel, rows: Sequence[list[int]]) -> bool:
     """Whether `read` takes these tokens: a few, as many in each row."""
-    lengths = {len(tokens) for tokens in rows}
-    return len(lengths) == 1 and len(rows) * max(lengths) <= FEW and suits(model)
+    lengths, quantization = {len(tokens) for tokens in rows}, model.config.quantization
+    few = FEW[32 if quantization is None else quantization.bits]
+    return len(lengths) == 1 and len(rows) * max(lengths) <= few and suits(model)
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ Kernel = Callable[[Tensor], Tensor]  # [M,K] -> [M,N] of some dtype
 
 STORED = ("qweight", "scales", "zeros")
 FEW_ROWS = 8  # that oneDNN chooses its layout for
-MANY_ROWS = 32  # from where on a layout costs little beside the product
+MANY_ROWS = 32  # from where on to unpack a weight costs little beside the product
 _TINY = 1e-30
 TILE = 64  # torch's kernels take rows and columns of a weight in tiles; some do not check the ends
 
@@ -38,10 +38,10 @@ class QuantizedLinear(nn.Module):
     """x Wᵀ + b for x `[...,in]`, in the dtype of x.
 
     Its buffers are what is stored, and what decoding on a CPU reads (`inference.program`). Called
-    on a CPU it multiplies by torch's kernels, with x rounded to bfloat16 or, where the CPU
-    multiplies whole numbers (8 bits, VNNI), to 255 steps a row. What these need of a weight is made
-    anew for many rows and kept for few, which come again and again. On other devices the weight is
-    dequantised at every call: right, but slow.
+    on a CPU it multiplies by torch's kernels, with x rounded to bfloat16 or, at a few rows and
+    where the CPU multiplies whole numbers (8 bits, VNNI), to 255 steps a row. What these need of a
+    weight is made anew for many rows and kept for few, which come again and again. On other devices
+    the weight is dequantised at every call: right, but slow.
     """
 
     qweight: Tensor
@@ -119,12 +119,10 @@ class QuantizedLinear(nn.Module):
         return kernel(x)
 
     def _make_kernel(self, many: bool) -> Kernel:
-        bits = self.quantization.bits
-        if bits == 8 and _has_vnni():
-            return WholeNumberKernel(self)
         if many:
             return DenseKernel(self)
-        return {16: Bfloat16Kernel, 8: Int8Kernel, 4: Int4Kernel}[bits](self)
+        whole = WholeNumberKernel if _has_vnni() else Int8Kernel
+        return {16: Bfloat16Kernel, 8: whole, 4: Int4Kernel}[self.quantization.bits](self)
 
     def extra_repr(self) -> str:
         bits = self.quantization.bits

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from retentive.compress.quantize import quantize
 from retentive.errors import InputError
 from retentive.inference.program import FEW, ProgramRunner, read, reads, suits
 from retentive.inference.runner import runner
@@ -100,7 +101,8 @@ def test_the_state_read_from_stays_as_it_was():
 
 def test_other_prompts_are_left_to_the_model():
     model = build()
-    assert reads(model, [[3] * FEW]) and not reads(model, [[3] * (FEW + 1)])
+    assert reads(model, [[3] * FEW[32]]) and not reads(model, [[3] * (FEW[32] + 1)])
+    assert reads(quantize(model, 8), [[3] * (FEW[32] + 1)])
     assert not reads(model, [[3], [4, 5]]) and not reads(model.double(), [[3]])
 
 
