@@ -33,9 +33,11 @@ def logits(model: RetNet, rows: int, tokens: list[int]) -> torch.Tensor:
     return torch.stack([decoding.step(torch.tensor([token] * rows)) for token in tokens])
 
 
-def test_a_text_does_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_a_text_does_not_depend_on_its_neighbours(bits):
     """To the last bit, in a batch of any size: so writing it again gives the same text."""
     model, tokens = build(), [5, 7, 11]
+    model = model if bits == 32 else quantize(model, bits)
     alone = logits(model, 1, tokens)
     for rows in (2, 3, 4, 7, 8, 13, 16, 40):
         assert torch.equal(logits(model, rows, tokens), alone.expand(-1, rows, -1))

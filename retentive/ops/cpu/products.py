@@ -4,9 +4,10 @@ For few rows of x they are bound by memory. A sum is taken in the same order for
 threads and rows, so that what a text gives depends, to the last bit, neither on its neighbours nor
 on how many cores there are.
 
-What a vectoriser makes of a product's loop leaves half of the memory's rate unused: it holds no
-tile of sums, and asks for no row ahead. So a tile is written here in LLVM's own operations, and
-compiled by numba for the processor when it is first asked for: some seconds, kept on disk.
+What a vectoriser makes of a product's loop leaves half of the memory's rate unused at 8 rows: it
+holds no tile of sums, and asks for no row ahead. So a tile is written here in LLVM's own
+operations, and compiled by numba for the processor when it is first asked for: some seconds, kept
+on disk.
 
 Legend: M rows of x, N outputs, K inputs; x and y are float32.
 """
