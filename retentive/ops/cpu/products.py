@@ -20,6 +20,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -325,13 +326,19 @@ def compiled(function: Callable, *kinds: types.Type) -> Any:
     It is kept for the sources of all kernels: numba looks at the file of a function only.
     """
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
-    function.__qualname__ = f"{function.__name__}_{digest[:12]}"
+    # By Python's own division a thread would raise, and never come to the next barrier. What is
+    # called from here inherits this.
     how: dict[str, Any] = {"error_model": "numpy"}
     with event.install_listener("numba:compile", _Notice()):
-        try:
-            return cfunc(types.void(*kinds), cache=True, **how)(function)
-        except (RuntimeError, OSError):  # nowhere to keep it, or the disk is full
-            return cfunc(types.void(*kinds), **how)(function)
+        for attempt in ("", "_again"):
+            function.__qualname__ = f"{function.__name__}_{digest[:12]}{attempt}"
+            try:
+                return cfunc(types.void(*kinds), cache=True, **how)(function)
+            except (EOFError, UnpicklingError):  # what is kept was cut off when the machine crashed
+                continue
+            except (RuntimeError, OSError):  # nowhere to keep it, or the disk is full
+                break
+        return cfunc(types.void(*kinds), **how)(function)
 
 
 _float32, _bfloat16, _int8, _int4 = (_product(form) for form in (FLOAT32, BFLOAT16, INT8, INT4))

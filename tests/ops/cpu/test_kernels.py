@@ -95,6 +95,15 @@ def test_norms(kind, affine, rows, heads):
     torch.testing.assert_close(y.double(), expected, rtol=16 * EPS, atol=64 * EPS)
 
 
+def test_a_norm_of_zeros_without_an_eps_holds_up_nobody():
+    """A thread that raised would do none of its other rows, nor come to the next barrier."""
+    norm, layer, x = RMSNorm(4, eps=1e-60), nn.Linear(4, 3), torch.ones(4, 4)
+    x[0] = 0
+    program = Program(4)
+    y = run(program, program.product(program.norm(given(program, x), norm, 4), layer))
+    assert y[0].isnan().all() and y[1:].isfinite().all()
+
+
 ACTS = {
     "swish": F.silu,
     "gelu": F.gelu,
@@ -222,6 +231,16 @@ def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(problem, monkeypa
 
     monkeypatch.setattr(products, "cfunc", cfunc)
     assert products.compiled(nothing, types.int64).address
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_what_was_kept_and_cut_off_is_compiled_again(tmp_path, suffix):
+    """By a crash of the machine; once, not each time."""
+    multiplied(tmp_path, "int8")
+    for path in tmp_path.rglob(f"*.{suffix}"):
+        path.write_bytes(path.read_bytes()[:300])
+    multiplied(tmp_path, "int8")
+    assert len(list(tmp_path.rglob("*_again*.nbi"))) == 2
 
 
 def test_what_is_kept_is_of_the_sources_that_are_there(tmp_path, monkeypatch):
