@@ -14,6 +14,8 @@ from retentive.inference.session import SEGMENT
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.counts import mixer_name, parameters, state_bytes, weight_bytes
 
+INTEGER = 48  # bytes of a token as int64, and as a number of Python in a list
+
 
 def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
     contender, task = entry.contender, case["task"]
@@ -34,13 +36,15 @@ def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
         return weights + caches
     rows, tokens = case.get("batch", 1), case["tokens"]
     ours = contender.worker == "ours"
+    prompt = rows * tokens * (INTEGER if ours else 8)  # ours reads a list
     if ours and task == "prefill":
         tokens = min(tokens, SEGMENT)
     scores = 2 * rows * config.num_heads * tokens**2 * size if parallel else 0
     activations = rows * tokens * _kept_dims(config) * size
     logits = 2 * rows * tokens * config.vocab_size * size
     if task == "prefill":
-        return weight_bytes(config) + activations + scores + (contender.worker == "peers") * logits
+        logits *= contender.worker == "peers"
+        return prompt + weight_bytes(config) + activations + scores + logits
     depth = config.num_hidden_layers
     if contender.equal is not itself or not ours:  # our retention keeps none for the backward pass
         scores *= depth

@@ -45,3 +45,10 @@ def test_scores_that_a_peer_keeps_for_its_backward_pass_are_counted():
     assert parallel - chunked == 32 * 2**30
     (ours,) = chosen("train", "retnet")
     assert needed_bytes(Entry(ours, subject("38m")), case, {}) < chunked  # no whole logits
+
+
+def test_of_a_prompt_that_ours_reads_only_itself_counts():
+    (ours,) = chosen("prefill", "retnet")
+    entry, case = Entry(ours, subject("38m")), {"task": "prefill", "dtype": "float32"}
+    short, long = (needed_bytes(entry, {**case, "tokens": n}, {}) for n in (8192, 2 * 10**9))
+    assert 8 <= (long - short) / (2 * 10**9 - 8192) <= 64
