@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from retentive.convert.loading import load
     from retentive.data.tokenizer import load_tokenizer
     from retentive.inference.generate import generate
+    from retentive.mixers.retention import MultiScaleRetention
     from retentive.models.config import RetNetConfig, TransformerConfig
-    from retentive.models.layers import MultiScaleRetention
     from retentive.models.retnet import RetNet
     from retentive.models.state import RetNetState
     from retentive.models.transformer import Transformer
@@ -24,7 +24,7 @@ _HOME = {
     "retention_step": "retentive.ops",
     "RetNetConfig": "retentive.models.config",
     "TransformerConfig": "retentive.models.config",
-    "MultiScaleRetention": "retentive.models.layers",
+    "MultiScaleRetention": "retentive.mixers.retention",
     "RetNet": "retentive.models.retnet",
     "Transformer": "retentive.models.transformer",
     "RetNetState": "retentive.models.state",

@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from retentive.ops.triton.cases import OPTIONS, SHARED_MEMORY, Case, cases
+from retentive.kernels.triton.cases import OPTIONS, SHARED_MEMORY, Case, cases
 
 
 @dataclass(frozen=True)

@@ -12,24 +12,30 @@ import retentive
 
 PACKAGE = Path(retentive.__file__).parent
 
-EVERYONES = {"errors", "devices"}
+EVERYONES = {"errors", "devices", "fields"}
 ALLOWED = {  # a room or a module beside the rooms -> the rooms it may import, besides EVERYONES
     "errors": set(),
     "devices": set(),
+    "fields": set(),
     "arguments": set(),
-    "ops": set(),
-    "models": {"ops"},
-    "data": set(),
-    "inference": {"models", "ops", "data", "adapters", "arguments"},
-    "train": {"models", "ops", "data", "inference", "adapters", "arguments"},
-    "adapters": {"models", "data", "compress", "arguments"},
+    "io": set(),
+    "ops": {"kernels"},
+    "kernels": {"ops"},
+    "layers": {"ops", "kernels", "models"},
+    "mixers": {"layers", "ops", "models"},
+    "models": {"mixers", "layers", "ops", "io"},
+    "data": {"io"},
+    "decoding": {"models", "mixers", "layers", "ops", "kernels"},
+    "adapters": {"models", "mixers", "layers", "data", "io", "arguments"},
+    "inference": {"decoding", "models", "data", "adapters", "arguments"},
+    "train": {"models", "layers", "data", "inference", "adapters", "io", "arguments"},
     "info": {"models", "ops", "arguments"},
-    "compress": {"models", "ops", "data", "arguments"},
-    "hf": {"models", "ops", "data"},
-    "eval": {"models", "ops", "data", "inference", "info", "arguments"},
-    "convert": {"models", "ops", "data", "arguments", "compress"},
+    "compress": {"models", "layers", "mixers", "data", "io", "arguments"},
+    "hf": {"models", "layers", "data", "io"},
+    "eval": {"models", "layers", "ops", "data", "decoding", "inference", "io", "info", "arguments"},
+    "convert": {"models", "ops", "data", "io", "arguments"},
 }
-MAY_IMPORT_ANYTHING = {"__init__", "__main__", "cli", "bench", "demo"}
+MAY_IMPORT_ANYTHING = {"__init__", "__main__", "cli", "arena", "bench", "demo"}
 OPTIONAL = {"safetensors", "tokenizers", "tyro", "pydantic", "rich", "matplotlib", "transformers"}
 OPTIONAL |= {"accelerate", "peft", "numba", "llvmlite"}
 OPTIONAL |= {"huggingface_hub", "triton", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "lm_eval"}

@@ -9,9 +9,9 @@ import tyro
 
 from retentive.adapters.loading import holds_lora, load_adapted
 from retentive.arguments import parse
-from retentive.compress.folders import check_new, new_folder
 from retentive.data.tokenizer import FILE, copy_tokenizer
 from retentive.errors import InputError
+from retentive.io.folders import check_new, new_folder
 from retentive.models.checkpoint import save_model
 
 

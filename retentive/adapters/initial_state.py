@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from retentive.adapters.base import check_base
 from retentive.errors import InputError
-from retentive.models.files import fingerprint, read_tensors, write_tensors
+from retentive.io.tensors import read_tensors, write_tensors
+from retentive.mixers.retention import MultiScaleRetention
+from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
-from retentive.models.layers import MultiScaleRetention
 
 FILE = "initial_state.safetensors"
 FORMAT = "retentive-initial-state"

@@ -7,7 +7,7 @@ from retentive.adapters.base import check_base
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
 from retentive.models import checkpoint
-from retentive.models.files import fingerprint
+from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
 
 

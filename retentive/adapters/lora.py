@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from retentive.adapters.base import check_base
 from retentive.errors import InputError, nearest
+from retentive.io.atomic import write_text
+from retentive.io.tensors import read_tensors, write_tensors
 from retentive.models.checkpoint import empty_model
 from retentive.models.config import ModelConfig
-from retentive.models.files import fingerprint, read_tensors, write_tensors, write_text
+from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
 
 CONFIG = "adapter_config.json"

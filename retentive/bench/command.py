@@ -5,13 +5,17 @@ import importlib
 from retentive.arguments import parse
 from retentive.errors import InputError, nearest
 
-BENCHMARKS = {  # name: (module with run(options), its options, help)
-    "op": ("op", "OpBenchmark", "the retention op alone, forward and backward"),
-    "train": ("train", "TrainBenchmark", "training steps of the whole model"),
-    "prefill": ("prefill", "PrefillBenchmark", "reading a prompt"),
-    "decode": ("decode", "DecodeBenchmark", "time and memory of a token, over context and batch"),
-    "quality": ("quality", "QualityBenchmark", "what each part of a RetNet is worth in loss"),
-    "paper": ("paper", "PaperBenchmark", "the paper's Table 4 and Figure 6, within a budget"),
+BENCHMARKS = {  # name: (module of the package with run(options), its options, help)
+    "op": ("bench.op", "OpBenchmark", "the retention op alone, forward and backward"),
+    "train": ("bench.train", "TrainBenchmark", "training steps of the whole model"),
+    "prefill": ("bench.prefill", "PrefillBenchmark", "reading a prompt"),
+    "decode": (
+        "bench.decode",
+        "DecodeBenchmark",
+        "time and memory of a token",
+    ),
+    "quality": ("arena.command", "QualityBenchmark", "what each part of a RetNet is worth"),
+    "paper": ("bench.paper", "PaperBenchmark", "the paper's Table 4 and Figure 6"),
 }
 
 
@@ -25,6 +29,6 @@ def main(argv: list[str]) -> int:
         near = nearest(what, BENCHMARKS)
         raise InputError(f"unknown benchmark {what!r}{near}; choose {', '.join(BENCHMARKS)}")
     name, options, description = BENCHMARKS[what]
-    module = importlib.import_module(f"retentive.bench.{name}")
+    module = importlib.import_module(f"retentive.{name}")
     module.run(parse(getattr(module, options), rest, f"retentive bench {what}", description))
     return 0

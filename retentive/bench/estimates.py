@@ -55,7 +55,7 @@ def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
 
 
 def ours_by_graph(entry: Entry, case: dict[str, Any]) -> bool:
-    """Whether states are copied into a recorded step's slots (`retentive.inference.graphs`)."""
+    """Whether states are copied into a recorded step's slots (`retentive.decoding.graphs`)."""
     return case["device"].startswith("cuda") and entry.contender.settings.get("runner", False)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from retentive.bench import tables
 from retentive.bench.results import Result, Row, load
-from retentive.models.files import write_text
+from retentive.io.atomic import write_text
 
 FORMAT = 1
 OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b")

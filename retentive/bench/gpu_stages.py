@@ -15,7 +15,7 @@ from pathlib import Path
 
 TEST_PROCESSES = 6  # of the tests at once: each compiles and times tiles of its own
 DTYPES = {"bfloat16": 8, "float16": 8, "float32": 2}
-"""Of our kernels, with the most tile sizes that one has (`ops.triton.configs`)."""
+"""Of our kernels, with the most tile sizes that one has (`kernels.triton.configs`)."""
 TESTS = "tests/gpu"
 
 

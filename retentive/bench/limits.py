@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retentive.bench.workers.tasks import Marks
-from retentive.models.linear import product
+from retentive.layers.linear import product
 from retentive.train.metrics import measure_gemm_rate
 
 STREAM_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -25,7 +25,7 @@ class Limits:
 
     `sample` between the rounds; a machine that slows down slows them with the contenders. The GEMM
     rate is that of `a @ b`, which every contender has; beside it stands that of the product in our
-    linear layers (`retentive.models.linear`), on some processors another library's.
+    linear layers (`retentive.layers.linear`), on some processors another library's.
     """
 
     device: torch.device

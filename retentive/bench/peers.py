@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from retentive.data.cache import cache_root
+from retentive.io.cache import cache_root
 
 VERSIONS = {"yet-another-retnet": "0.5.1", "torchscale": "0.3.0"}
 _NEEDS = ["einops==0.8.1"]

@@ -15,7 +15,7 @@ import torch
 from retentive import __version__
 from retentive.bench.limits import Limits
 from retentive.errors import InputError
-from retentive.models.files import write_text
+from retentive.io.atomic import write_text
 
 FORMAT = 3
 READABLE = (2, FORMAT)

@@ -18,11 +18,11 @@ from torch.func import functional_call
 
 from retentive import __version__
 from retentive.compress.export_formats import FORMATS, Format, Run
-from retentive.compress.folders import check_new, new_folder
 from retentive.data.tokenizer import TextTokenizer, save_tokenizer
 from retentive.errors import InputError, nearest
+from retentive.io.atomic import write_text
+from retentive.io.folders import check_new, new_folder
 from retentive.models.checkpoint import WEIGHTS, save_model
-from retentive.models.files import write_text
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetentionState, RetNetState

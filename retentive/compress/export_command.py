@@ -9,8 +9,8 @@ import tyro
 
 from retentive.arguments import parse
 from retentive.compress.export import check_format, export
-from retentive.compress.folders import check_new
 from retentive.data.tokenizer import FILE, copy_tokenizer, load_tokenizer
+from retentive.io.folders import check_new
 from retentive.models.checkpoint import load
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from retentive.io.tensors import read_tensors
 from retentive.models.checkpoint import WEIGHTS
-from retentive.models.files import read_tensors
 
 Run = Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor, list[Tensor]]]
 """tokens, positions, state -> logits, next positions, next state."""

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retentive.errors import InputError, nearest
+from retentive.layers.quantized import QuantizedLinear, pack_nibbles
 from retentive.models.checkpoint import empty_model
 from retentive.models.config import ModelConfig, Quantization
-from retentive.models.files import fingerprint
+from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
-from retentive.models.quantized import QuantizedLinear, pack_nibbles
 
 SCHEMES = {"bf16": 16, "int8": 8, "int4": 4}
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import tyro
 
 from retentive.arguments import parse
-from retentive.compress.folders import check_new, new_folder
 from retentive.compress.quantize import check_source, quantize, scheme_bits
 from retentive.data.tokenizer import FILE, copy_tokenizer
+from retentive.io.folders import check_new, new_folder
 from retentive.models.checkpoint import WEIGHTS, load, load_config, save_model
 
 

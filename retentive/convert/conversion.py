@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from retentive.compress.folders import check_new, new_folder
 from retentive.convert.dialects import WRITTEN
 from retentive.convert.plan import Plan, plan, rewrite
 from retentive.convert.source import CONFIG, open_source
@@ -14,8 +13,9 @@ from retentive.convert.tokenizer import bring_tokenizer
 from retentive.convert.writer import check_room, write_safetensors
 from retentive.devices import resolve_dtype
 from retentive.errors import InputError, nearest
+from retentive.io.atomic import write_text
+from retentive.io.folders import check_new, new_folder
 from retentive.models.checkpoint import WEIGHTS
-from retentive.models.files import write_text
 
 Stream = Iterator[tuple[str, Tensor]]
 

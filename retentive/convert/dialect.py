@@ -14,8 +14,8 @@ from torch import Tensor
 from retentive.convert.source import Source
 from retentive.convert.weight_files import Stored
 from retentive.errors import InputError
+from retentive.fields import check_types
 from retentive.models.config import RetNetConfig
-from retentive.models.fields import check_types
 
 Rows = Callable[[RetNetConfig, int], Tensor]
 Condition = Callable[[RetNetConfig], bool]

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from retentive.convert.source import read_json
 from retentive.data.tokenizer import FILE, load_tokenizer, vocab_size
 from retentive.errors import InputError
-from retentive.models.files import write_text
+from retentive.io.atomic import write_text
 
 CONFIG = "tokenizer_config.json"
 SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retentive.data.cache import cache_root, made_once
 from retentive.data.corpus import Document, fingerprint, read_documents
 from retentive.data.tokenizer import (
     END,
@@ -28,6 +27,7 @@ from retentive.data.tokenizer import (
     vocab_size,
 )
 from retentive.errors import InputError
+from retentive.io.cache import cache_root, made_once
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -21,12 +21,12 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from retentive.data.tokenizer import TextTokenizer, load_tokenizer
+from retentive.decoding.runner import runner
 from retentive.devices import resolve_device
 from retentive.errors import InputError
 from retentive.eval.branches import Request, Scorer, after
 from retentive.eval.progress import Display
 from retentive.eval.results import Answers
-from retentive.inference.runner import runner
 from retentive.inference.text import TextStream
 from retentive.models.checkpoint import load
 from retentive.models.language_model import LanguageModel

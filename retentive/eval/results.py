@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from retentive.data.tokenizer import TextTokenizer
 from retentive.errors import InputError
-from retentive.models.files import fingerprint, write_text
+from retentive.io.atomic import write_text
+from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
 
 MODEL, FINISHED = "model.json", "finished.jsonl"

@@ -6,8 +6,8 @@ Shapes: N hidden states, D width, M targets; several targets may follow one hidd
 import torch
 from torch import Tensor
 
+from retentive.layers.loss import chunk_rows
 from retentive.models.language_model import LanguageModel
-from retentive.models.loss import chunk_rows
 
 
 @torch.inference_mode()

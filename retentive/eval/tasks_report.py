@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from retentive.eval.tables import console
-from retentive.models.files import write_text
+from retentive.io.atomic import write_text
 
 if TYPE_CHECKING:
     from retentive.eval.tasks import TasksOptions

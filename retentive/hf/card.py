@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from retentive.models.files import write_text
+from retentive.io.atomic import write_text
 from retentive.models.language_model import LanguageModel
 
 CARD = """---

@@ -27,9 +27,9 @@ from retentive.hf.config import (
     RetentiveTransformerConfig,
 )
 from retentive.hf.tokenizer import end_of_text
+from retentive.layers.layout import Constant, Layout
+from retentive.layers.loss import IGNORED
 from retentive.models.language_model import LanguageModel
-from retentive.models.layout import Constant, Layout
-from retentive.models.loss import IGNORED
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 from retentive.models.transformer import Transformer

@@ -16,9 +16,9 @@ import tyro
 from retentive.adapters.loading import load_adapted, refuse_adapter
 from retentive.arguments import parse
 from retentive.data.tokenizer import load_tokenizer
+from retentive.decoding.runner import fastest_threads
 from retentive.devices import resolve_device
 from retentive.errors import InputError
-from retentive.inference.runner import fastest_threads
 from retentive.inference.sampling import Sampling
 from retentive.inference.session import Piece, Session
 from retentive.models.checkpoint import load

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 
 from retentive.data.tokenizer import TextTokenizer
+from retentive.decoding import program
+from retentive.decoding.runner import Runner, runner
 from retentive.errors import InputError
-from retentive.inference import program
-from retentive.inference.runner import Runner, runner
 from retentive.inference.sampling import Sampler, Sampling
 from retentive.inference.text import TextStream
-from retentive.models.files import fingerprint
+from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
 from retentive.models.state import RetNetState, concat
 
@@ -167,7 +167,9 @@ class Session:
         `sampling` overrides single options of those it was saved with; a new seed draws anew.
         Raises InputError for a file of another model or tokenizer, or one that is no session's.
         """
-        state, extra, tensors = RetNetState.load(path, model=model)
+        state, extra, tensors = RetNetState.load(
+            path, fingerprint=fingerprint(model), device=model.device
+        )
         if not {"sampling", "stop", "rows"} <= extra.keys():
             raise InputError(
                 f"{path} holds a state but no text; give a file that --save-state wrote"

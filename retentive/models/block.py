@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from retentive.layers.layout import Layout
+from retentive.mixers.retention import Layer, dropout
 from retentive.models.config import ModelConfig
-from retentive.models.layers import Layer, dropout
-from retentive.models.layout import Layout
 from retentive.models.state import LayerState
 
 Kept = TypeVar("Kept")

@@ -7,8 +7,10 @@ import torch
 
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
+from retentive.io.atomic import write_text
+from retentive.io.tensors import read_tensors, write_tensors
 from retentive.models.config import ModelConfig, RetNetConfig, TransformerConfig, config_from_dict
-from retentive.models.files import fingerprint, read_tensors, write_tensors, write_text
+from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer

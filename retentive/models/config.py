@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from retentive.errors import InputError, nearest
-from retentive.models.fields import check_divisible, check_even, check_positive, check_types
+from retentive.fields import check_divisible, check_even, check_positive, check_types
 from retentive.models.nested import NESTED, AttentionConfig, Quantization, from_fields
 from retentive.ops.decay import log_decay
 

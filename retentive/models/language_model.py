@@ -14,14 +14,14 @@ from torch.nn import init
 from torch.utils.checkpoint import checkpoint
 
 from retentive.errors import InputError
-from retentive.models import layout as layouts
+from retentive.layers import layout as layouts
+from retentive.layers.layout import Angles, Layout, Rotation
+from retentive.layers.linear import Linear
+from retentive.layers.loss import cross_entropy, linear_cross_entropy
+from retentive.layers.quantized import QuantizedEmbedding, QuantizedLinear, use_quantized_layers
+from retentive.mixers.retention import Recomputing, Scaled, dropout, norm, reset_vectors, unchanged
 from retentive.models.block import Block
 from retentive.models.config import ModelConfig
-from retentive.models.layers import Recomputing, Scaled, dropout, norm, reset_vectors, unchanged
-from retentive.models.layout import Angles, Layout, Rotation
-from retentive.models.linear import Linear
-from retentive.models.loss import cross_entropy, linear_cross_entropy
-from retentive.models.quantized import QuantizedEmbedding, QuantizedLinear, use_quantized_layers
 from retentive.models.state import RetNetState
 
 
@@ -127,7 +127,7 @@ class LanguageModel(nn.Module):
     def loss(self, h: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross entropy in nats of `head(h)` against targets, -100 for none; "mean" or "sum".
 
-        The logits never exist as a whole (`retentive.models.loss`), but of a head with an adapter.
+        The logits never exist as a whole (`retentive.layers.loss`), but of a head with an adapter.
         """
         if not isinstance(self.lm_head, nn.Linear | QuantizedLinear | None):
             return cross_entropy(self.head(h), targets, reduction)
@@ -156,7 +156,7 @@ class LanguageModel(nn.Module):
     def packed_layout(
         self, cu_seqlens: Tensor, *, rows: int | None = None, state: RetNetState | None = None
     ) -> Layout:
-        """Of sequences packed as tokens `[1,total]`; see `retentive.models.layout.packed`."""
+        """Of sequences packed as tokens `[1,total]`; see `retentive.layers.layout.packed`."""
         start = None
         if state is not None:
             start = self._positions(state, len(cu_seqlens) - 1 if rows is None else rows)

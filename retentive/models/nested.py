@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from retentive.errors import InputError, nearest
-from retentive.models.fields import check_divisible, check_even, check_positive, check_types
+from retentive.fields import check_divisible, check_even, check_positive, check_types
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weights of linear layers are stored (`retentive.models.quantized`).
+    """How the weights of linear layers are stored (`retentive.layers.quantized`).
 
     bits         16 (bfloat16), 8, a scale a row, or 4, a scale and an offset for `group_size`
                  columns of a row; of embedding and head never fewer than 8

@@ -5,12 +5,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from retentive.models.attention import AttentionBlock
+from retentive.layers.layout import Layout, Rotation
+from retentive.mixers.attention import AttentionBlock
+from retentive.mixers.retention import FeedForward, MultiScaleRetention, norm, rotation
 from retentive.models.block import JOINS, Block, Kept, Mixer
 from retentive.models.config import RetNetConfig
 from retentive.models.language_model import LanguageModel
-from retentive.models.layers import FeedForward, MultiScaleRetention, norm, rotation
-from retentive.models.layout import Layout, Rotation
 from retentive.models.state import RetentionState
 
 

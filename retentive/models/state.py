@@ -7,19 +7,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from retentive.errors import InputError
-from retentive.models.files import fingerprint as fingerprint_of
-from retentive.models.files import read_tensors, write_tensors
-from retentive.models.kv_cache import KVCache
-from retentive.models.window import WindowCache
-
-if TYPE_CHECKING:
-    from retentive.models.language_model import LanguageModel
+from retentive.io.tensors import read_tensors, write_tensors
+from retentive.mixers.kv_cache import KVCache
+from retentive.mixers.window import WindowCache
 
 FORMAT = "retentive-state"
 
@@ -157,16 +153,16 @@ class RetNetState:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, model: "LanguageModel"
+        cls, path: str | Path, *, fingerprint: str, device: torch.device | str = "cpu"
     ) -> tuple[Self, dict[str, Any], dict[str, Tensor]]:
-        """The state, on the model's device, and the `extra` and `tensors` saved with it.
+        """The state, on `device`, and the `extra` and `tensors` saved with it.
 
-        Raises InputError where the file is missing or broken, or its model another than `model`.
+        Raises InputError where the file is missing, broken, or of another `fingerprint`.
         """
         held, metadata = read_tensors(path, "state file")
         if metadata.get("format") != FORMAT:
             raise InputError(f"{path} holds no saved state; give a file written by --save-state")
-        saved, given = metadata["fingerprint"], fingerprint_of(model)
+        saved, given = metadata["fingerprint"], fingerprint
         saved_dtype, given_dtype = (mark.partition(":")[0] for mark in (saved, given))
         if saved_dtype != given_dtype:
             raise InputError(
@@ -179,7 +175,7 @@ class RetNetState:
                 " use the model that wrote it"
             )
         extra = {k.removeprefix("extra."): v for k, v in held.items() if k.startswith("extra.")}
-        state = cls._from_tensors(held).to(model.device)
+        state = cls._from_tensors(held).to(device)
         return state, json.loads(metadata["extra"]), extra
 
     @classmethod

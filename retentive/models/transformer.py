@@ -1,9 +1,9 @@
 """The baseline: a pre-norm Transformer with rotary positions and a cache of keys and values."""
 
-from retentive.models.attention import AttentionBlock
+from retentive.layers.layout import Rotation
+from retentive.mixers.attention import AttentionBlock
 from retentive.models.config import TransformerConfig
 from retentive.models.language_model import LanguageModel
-from retentive.models.layout import Rotation
 from retentive.models.nested import AttentionConfig
 
 

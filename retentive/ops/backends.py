@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from retentive.errors import InputError, nearest
+from retentive.kernels.triton import available
 from retentive.ops import reference
 from retentive.ops.chunkwise import chunkwise, default_chunk_size
 from retentive.ops.packing import for_each_sequence
 from retentive.ops.recurrent import step
 from retentive.ops.states import empty_state
-from retentive.ops.triton import available
 
 # (form, q, k, v, log_decay, state, cu_seqlens, chunk_size) -> (o, final state)
 Run = Callable[
@@ -67,7 +67,7 @@ def _triton(
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    from retentive.ops.triton.chunkwise import chunkwise, default_chunk_size
+    from retentive.kernels.triton.chunkwise import chunkwise, default_chunk_size
 
     chunk_size = chunk_size or default_chunk_size(v)
     return chunkwise(q, k, v, log_decay, state, cu_seqlens, chunk_size)

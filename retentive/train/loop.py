@@ -17,9 +17,9 @@ from retentive.data.tokenizer import save_tokenizer
 from retentive.devices import resolve_device
 from retentive.errors import InputError
 from retentive.inference.generate import generate
+from retentive.io.atomic import write_text
 from retentive.models.config import config_from_dict
 from retentive.models.counts import flops_per_token
-from retentive.models.files import write_text
 from retentive.train.checkpoints import MODEL_FILES, OtherRun, RunFolder
 from retentive.train.config import AdapterConfig, RunConfig
 from retentive.train.interrupt import stop_requests

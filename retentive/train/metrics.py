@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from retentive.errors import InputError
-from retentive.models.linear import product
+from retentive.layers.linear import product
 
 Record = dict[str, Any]
 
@@ -118,7 +118,7 @@ def measure_gemm_rate(
 ) -> float:
     """FLOP/s of a large matrix product: the best one within `seconds`, after one to warm up.
 
-    By default of the product that the models' linear layers take (`retentive.models.linear`).
+    By default of the product that the models' linear layers take (`retentive.layers.linear`).
     """
     n = 1024 if device.type == "cpu" else 4096
     private = torch.Generator(device)  # a resumed run has its own random numbers restored by now

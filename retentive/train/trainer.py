@@ -14,9 +14,10 @@ from retentive.data.batches import NO_TARGET, Batch, BatchOrder
 from retentive.data.dataset import Corpus
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
+from retentive.io.tensors import read_tensors, write_tensors
 from retentive.models.checkpoint import load, save_model
 from retentive.models.config import RetNetConfig, TransformerConfig
-from retentive.models.files import fingerprint, read_tensors, write_tensors
+from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState, concat
@@ -165,7 +166,9 @@ class Trainer:
         take_random_states(tensors, self.device)
         restore_optimizer(self.model, self.optimizer, tensors)
         if self.state is not None:
-            self.state, _, _ = RetNetState.load(folder / CARRIED, model=self.model)
+            self.state, _, _ = RetNetState.load(
+                folder / CARRIED, fingerprint=fingerprint(self.model), device=self.device
+            )
 
 
 @contextlib.contextmanager

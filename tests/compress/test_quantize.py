@@ -17,18 +17,18 @@ from retentive.cli import main
 from retentive.compress import quantize_command
 from retentive.compress.quantize import quantize, quantize_weight
 from retentive.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
+from retentive.decoding.program import ProgramRunner
+from retentive.decoding.runner import runner
 from retentive.errors import InputError
-from retentive.inference.program import ProgramRunner
-from retentive.inference.runner import runner
-from retentive.models import quantized
+from retentive.kernels.cpu.available import available
+from retentive.layers import quantized
+from retentive.layers.quantized import MANY_ROWS, QuantizedLinear, pack_nibbles, unpack_nibbles
 from retentive.models.checkpoint import load_config, save_model
 from retentive.models.config import Quantization, RetNetConfig, TransformerConfig
-from retentive.models.files import fingerprint
+from retentive.models.fingerprint import fingerprint
 from retentive.models.nested import AttentionConfig
-from retentive.models.quantized import MANY_ROWS, QuantizedLinear, pack_nibbles, unpack_nibbles
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
-from retentive.ops.cpu.available import available
 
 SMALL = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
 CONFIGS = {

@@ -1,4 +1,4 @@
-"""Every kernel at full size on a real GPU against float64; small ones are in `tests/ops/triton`."""
+"""Every kernel at full size on a GPU against float64; small ones: `tests/kernels/triton`."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retentive.models.layout import Rotation, rotate
+from retentive.layers.layout import Rotation, rotate
 from retentive.ops import retention, retention_step
 from retentive.ops.decay import log_decay
 
@@ -80,7 +80,7 @@ def test_retention_and_its_gradients(K, V, dtype, precision, T):
 @pytest.mark.parametrize("dtype", WITHIN)
 @pytest.mark.parametrize("K", [64, 128, 256])
 def test_rotation(K, dtype):
-    from retentive.ops.triton.rotation import rotate_qk
+    from retentive.kernels.triton.rotation import rotate_qk
 
     positions = torch.arange(10**6, 10**6 + 8192, device="cuda")[None]
     q, k, dq, dk = (random(1, 8192, 8, K, dtype=dtype, seed=seed) for seed in range(4))
@@ -99,7 +99,7 @@ def test_rotation(K, dtype):
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("V", [128, 256, 512])
 def test_norm_and_gate(V, norm, dtype):
-    from retentive.ops.triton.norm_gate import norm_gate
+    from retentive.kernels.triton.norm_gate import norm_gate
 
     o, gate, dy = (
         random(1, 8192, *shape, dtype=dtype, seed=seed)
@@ -127,7 +127,7 @@ def test_norm_and_gate(V, norm, dtype):
 @pytest.mark.parametrize("B, T", [(1, 1), (64, 1), (3, 5)], ids=["slices", "heads", "tokens"])
 @pytest.mark.parametrize("K, V", HEADS)
 def test_decode_step(K, V, B, T, dtype):
-    from retentive.ops.triton.decode import decode_step
+    from retentive.kernels.triton.decode import decode_step
 
     H = 8
     q, k = (random(B, T, H, K, dtype=dtype, seed=seed) for seed in (0, 1))

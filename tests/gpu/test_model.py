@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retentive.inference.graphs import GraphRunner
-from retentive.inference.runner import DecodeRunner, runner
+from retentive.decoding.graphs import GraphRunner
+from retentive.decoding.runner import DecodeRunner, runner
 from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import retentive.hf  # noqa: F401
 from retentive.errors import InputError
+from retentive.mixers.retention import Recomputing
 from retentive.models.checkpoint import load
-from retentive.models.layers import Recomputing
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT asks the newest transformers by an old name
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

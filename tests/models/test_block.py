@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from retentive.mixers.retention import FeedForward
 from retentive.models.block import JOINS
 from retentive.models.config import RetNetConfig
-from retentive.models.layers import FeedForward
 from retentive.models.retnet import RetNet
 
 EXACT = {"rtol": 0.0, "atol": 1e-11}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import retentive
 from retentive.errors import InputError
+from retentive.io.atomic import write_text
 from retentive.models.checkpoint import fingerprint, load, save_model
-from retentive.models.files import write_text
 
 
 def test_saved_and_loaded(model, tokens: Tensor, tmp_path) -> None:

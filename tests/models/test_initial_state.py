@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from retentive.compress.quantize import quantize
 from retentive.errors import InputError
+from retentive.mixers.retention import MultiScaleRetention
 from retentive.models.checkpoint import save_model
 from retentive.models.language_model import LanguageModel
-from retentive.models.layers import MultiScaleRetention
 from retentive.models.state import RetNetState, concat
 
 EXACT = {"rtol": 0.0, "atol": 1e-11}

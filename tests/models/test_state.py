@@ -84,7 +84,7 @@ def test_saved_and_loaded(model, tokens: Tensor, ragged: RetNetState, tmp_path) 
     path = tmp_path / "state.safetensors"
     extra, tensors = {"stop": ["é"], "last": 3}, {"seen": torch.arange(4)}
     ragged.save(path, fingerprint=fingerprint(model), extra=extra, tensors=tensors)
-    loaded, given_extra, given_tensors = RetNetState.load(path, model=model)
+    loaded, given_extra, given_tensors = RetNetState.load(path, fingerprint=fingerprint(model))
     assert given_extra == extra
     assert torch.equal(given_tensors["seen"], tensors["seen"])
     wanted, _ = model(tokens[:, 5:], ragged)
@@ -97,14 +97,14 @@ def test_saved_and_loaded(model, tokens: Tensor, ragged: RetNetState, tmp_path) 
 def test_refuses_the_state_of_other_weights(model, make_model, tmp_path) -> None:
     path = tmp_path / "state"
     model.init_state(1).save(path, fingerprint=fingerprint(model))
-    assert RetNetState.load(path, model=model)[1:] == ({}, {})
+    assert RetNetState.load(path, fingerprint=fingerprint(model))[1:] == ({}, {})
     with torch.no_grad():
         model.layers[1].ffn.down_proj.weight.mul_(1.001)
     with pytest.raises(InputError, match="other weights"):
-        RetNetState.load(path, model=model)
+        RetNetState.load(path, fingerprint=fingerprint(model))
     for other in (make_model("retnet", num_heads=2), make_model("transformer", num_kv_heads=1)):
         with pytest.raises(InputError, match="another model"):
-            RetNetState.load(path, model=other)
+            RetNetState.load(path, fingerprint=fingerprint(other))
 
 
 def test_refuses_the_state_of_another_dtype(model, tmp_path) -> None:
@@ -113,22 +113,22 @@ def test_refuses_the_state_of_another_dtype(model, tmp_path) -> None:
     for dtype in ("float32", "bfloat16"):
         model.to(getattr(torch, dtype))
         with pytest.raises(InputError, match=f"in float64, this one is in {dtype}; .*float64$"):
-            RetNetState.load(path, model=model)
+            RetNetState.load(path, fingerprint=fingerprint(model))
 
 
 def test_refuses_broken_files(model, tmp_path) -> None:
     path = tmp_path / "state"
     with pytest.raises(InputError, match="does not exist"):
-        RetNetState.load(path, model=model)
+        RetNetState.load(path, fingerprint=fingerprint(model))
     model.init_state(1).save(path, fingerprint=fingerprint(model))
     whole = path.read_bytes()
     for kept in (0, 5, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:kept])
         with pytest.raises(InputError, match=r"truncated|no saved state") as caught:
-            RetNetState.load(path, model=model)
+            RetNetState.load(path, fingerprint=fingerprint(model))
         assert "\n" not in str(caught.value)
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="no saved state"):
-        RetNetState.load(path, model=model)
+        RetNetState.load(path, fingerprint=fingerprint(model))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from retentive.models.kv_cache import KVCache
+from retentive.mixers.kv_cache import KVCache
 
 EXACT = {"rtol": 0.0, "atol": 1e-11}
 

@@ -18,10 +18,10 @@ from retentive.adapters.loading import load_adapted
 from retentive.data.dataset import prepare
 from retentive.data.tokenizer import byte_tokenizer, save_tokenizer
 from retentive.errors import InputError
-from retentive.models import linear
+from retentive.layers import linear
+from retentive.mixers.retention import Recomputing
 from retentive.models.checkpoint import fingerprint, load, save_model
 from retentive.models.config import RetNetConfig, TransformerConfig
-from retentive.models.layers import Recomputing
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 from retentive.train.checkpoints import RunFolder

@@ -22,7 +22,7 @@ FEW, MANY = 1, 64
 
 def ours(dtype: str, number: str) -> None:
     """Of each kernel the configuration of that number; none where it has fewer."""
-    from retentive.ops.triton import configs
+    from retentive.kernels.triton import configs
 
     allow_any_ptxas()
     tune = configs.triton.autotune

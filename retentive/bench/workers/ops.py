@@ -36,7 +36,7 @@ def prepare_op(case: Case) -> tuple[Answer, Run]:
 
 def _chunk_size(backend: str, q: Tensor, v: Tensor) -> int:
     if backend == "triton":
-        from retentive.ops.triton import chunkwise
+        from retentive.kernels.triton import chunkwise
 
         return chunkwise.default_chunk_size(v)
     return default_chunk_size(q, v)
@@ -69,7 +69,7 @@ def prepare_step(case: Case) -> tuple[Answer, Run]:
             return retention_step(q, k, v, rates, state, inplace=True)
 
         return facts, step_run(step, case["device"])
-    from retentive.ops.triton.decode import decode_step
+    from retentive.kernels.triton.decode import decode_step
 
     gate, gamma = torch.randn_like(v.flatten(2)), rates.exp().unsqueeze(-1)
     angles = torch.randn(case["batch"], 1, 1, case["key_dim"], device=case["device"])

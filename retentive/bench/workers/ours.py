@@ -14,19 +14,19 @@ from retentive.bench.workers import tasks
 from retentive.bench.workers.along import TIMED, prepare_along
 from retentive.bench.workers.ops import prepare_op, prepare_step, sdpa_kernel_of
 from retentive.bench.workers.serving import Answer, Case, Run, Tell, serve
+from retentive.decoding.graphs import Step, record
+from retentive.decoding.runner import runner
 from retentive.devices import keep_freed_memory, resolve_dtype
-from retentive.inference.graphs import Step, record
-from retentive.inference.runner import runner
 from retentive.inference.session import read_tokens
+from retentive.kernels.triton import available
+from retentive.mixers.kv_cache import KVCache
 from retentive.models.checkpoint import load
 from retentive.models.config import RetNetConfig, config_from_dict
 from retentive.models.counts import parameters, state_bytes
-from retentive.models.kv_cache import KVCache
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 from retentive.models.transformer import Transformer
-from retentive.ops.triton import available
 
 ROOM = 4096  # tokens that may be decoded behind a filled cache
 

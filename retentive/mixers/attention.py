@@ -1,0 +1,246 @@
+"""Softmax attention with rotary positions: the baseline's mixer, and that of hybrids' other layers.
+
+Shapes: B rows, T tokens, S keys, D width, H query heads, G key-value heads, d head dim. x is
+`[B,T,D]`; once rotated, heads go before tokens: q `[B,H,T,d]`, k and v `[B,G,S,d]`.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn import init
+
+from retentive.layers.layout import Layout, rotate
+from retentive.layers.linear import Linear
+from retentive.mixers.kv_cache import KVCache, Pair
+from retentive.mixers.retention import FeedForward, deepnet_gain, norm, reset_vectors
+from retentive.mixers.window import WindowCache
+from retentive.models.block import JOINS, Block
+from retentive.models.config import ModelConfig
+from retentive.models.nested import AttentionConfig
+from retentive.models.state import LayerState
+
+QUERIES_AT_ONCE = 256  # of a window narrower than that
+
+
+class Attention(nn.Module):
+    """Causal attention, `F.scaled_dot_product_attention` underneath."""
+
+    def __init__(self, hidden_size: int, config: AttentionConfig):
+        super().__init__()
+        self.head_dim = hidden_size // config.num_heads
+        self.num_kv_heads = config.kv_heads
+        kv_dim = config.kv_heads * self.head_dim
+        self.sees: Full | Window = Full() if config.window is None else Window(config.window)
+        self.q_proj = Linear(hidden_size, hidden_size, config.qkv_bias)
+        self.k_proj = Linear(hidden_size, kv_dim, config.qkv_bias)
+        self.v_proj = Linear(hidden_size, kv_dim, config.qkv_bias)
+        self.o_proj = Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, cache: Any, layout: Layout) -> tuple[Tensor, Any]:
+        angles = layout.attention or layout.angles
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = rotate(q, angles.cos, angles.sin)
+        k = rotate(k, angles.key_cos, angles.key_sin)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        if layout.cu_seqlens is not None:
+            o, cache = _packed(self.sees, q, k, v, cache, layout)
+        elif cache is None:
+            o = self.sees.attend(q, (k, v))
+            cache = self.sees.cache((k, v)) if layout.keeps_state else None
+        else:
+            o, cache = self.sees.go_on(q, (k, v), cache, layout)
+        return self.o_proj(o.transpose(1, 2).flatten(-2)), cache
+
+    def init_weights(
+        self, initialization: str, depth: int, generator: torch.Generator | None
+    ) -> None:
+        """As `MultiScaleRetention.init_weights`."""
+        reset_vectors(self)
+        official = initialization == "official"
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            if official:
+                gain = 1.0 if projection is self.o_proj else 2**-0.5
+                init.xavier_uniform_(projection.weight, gain, generator)
+            else:
+                written = projection in (self.v_proj, self.o_proj)
+                gain = deepnet_gain(depth) if written else 1.0
+                init.xavier_normal_(projection.weight, gain, generator)
+
+
+class Full:
+    """A token sees all tokens before it."""
+
+    kind = KVCache.kind
+
+    def empty(self, rows: int, capacity: int, heads: int, head_dim: int, like: Tensor) -> KVCache:
+        return KVCache.empty(rows, capacity, heads, head_dim, like)
+
+    def cache(self, kv: Pair) -> KVCache:
+        return KVCache.of(kv)
+
+    def attend(self, q: Tensor, kv: Pair) -> Tensor:
+        """o `[B,H,T,d]` of queries that are the last T of the S tokens."""
+        return attend(q, kv)
+
+    def go_on(self, q: Tensor, kv: Pair, cache: KVCache, layout: Layout) -> tuple[Tensor, KVCache]:
+        """The same behind the tokens in `cache`, and the cache with the new ones."""
+        cache = cache.append(kv)
+        return attend(q, cache.kv, layout.positions if cache.uniform is None else None), cache
+
+    def append_packed(self, cache: KVCache, kv: Pair, pieces: Sequence[tuple[int, int]]) -> KVCache:
+        return cache.append_packed(kv, pieces)
+
+
+class Window:
+    """A token sees the last `size` tokens, itself among them."""
+
+    kind = WindowCache.kind
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def empty(
+        self, rows: int, capacity: int, heads: int, head_dim: int, like: Tensor
+    ) -> WindowCache:
+        return WindowCache.empty(rows, heads, head_dim, like)
+
+    def cache(self, kv: Pair) -> WindowCache:
+        rows, _, count, _ = kv[0].shape
+        return WindowCache.of(kv, [count] * rows, self.size - 1)
+
+    def attend(self, q: Tensor, kv: Pair) -> Tensor:
+        return attend_window(q, kv, self.size)
+
+    def go_on(
+        self, q: Tensor, kv: Pair, cache: WindowCache, layout: Layout
+    ) -> tuple[Tensor, WindowCache]:
+        k, v = (torch.cat(parts, 2) for parts in zip(cache.kv, kv, strict=True))
+        lengths = [length + q.shape[2] for length in cache.lengths]
+        o = attend_window(q, (k, v), self.size, lengths)
+        return o, WindowCache.of((k, v), lengths, self.size - 1)
+
+    def append_packed(
+        self, cache: WindowCache, kv: Pair, pieces: Sequence[tuple[int, int]]
+    ) -> WindowCache:
+        return cache.append_packed(kv, pieces, self.size - 1)
+
+
+def attend(q: Tensor, kv: Pair, positions: Tensor | None = None) -> Tensor:
+    """o `[B,H,T,d]` of queries that are the last T of the S keys, or that stand at `positions`."""
+    k, v = kv
+    rows, heads, queries, head_dim = q.shape
+    keys = k.shape[2]
+    if queries == 1 and positions is None:
+        # One query sees all keys. The heads of a group are like queries of one head: keys are read
+        # once for all of them.
+        o = F.scaled_dot_product_attention(q.reshape(rows, k.shape[1], -1, head_dim), k, v)
+        return o.reshape(rows, heads, 1, head_dim)
+    mask = None
+    if positions is not None:
+        mask = torch.arange(keys, device=q.device) <= positions[:, None, :, None]
+    elif queries < keys:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return _attend(q, kv, mask)
+
+
+def attend_window(q: Tensor, kv: Pair, window: int, lengths: Sequence[int] | None = None) -> Tensor:
+    """As `attend`, of queries that see the last `window` keys.
+
+    `lengths`: of the S keys only so many, the last ones, are the row's own. Queries are taken some
+    at a time, so that work and memory grow with T · window.
+    """
+    k, v = kv
+    queries, keys = q.shape[2], k.shape[2]
+    ragged = lengths is not None and min(lengths) < keys
+    if not ragged and (keys <= window and queries in (1, keys)):
+        return attend(q, kv)
+    first = torch.zeros(1, device=q.device)
+    if ragged:
+        first = keys - torch.tensor(lengths, device=q.device)
+    outputs = []
+    for begin in range(0, queries, max(window, QUERIES_AT_ONCE)):
+        piece = q[:, :, begin : begin + max(window, QUERIES_AT_ONCE)]
+        at = torch.arange(piece.shape[2], device=q.device)[:, None] + keys - queries + begin
+        low, high = max(0, keys - queries + begin - window + 1), int(at[-1]) + 1
+        key = torch.arange(low, high, device=q.device)
+        seen = (key <= at) & (key > at - window) & (key >= first[:, None, None, None])
+        outputs.append(_attend(piece, (k[:, :, low:high], v[:, :, low:high]), seen))
+    return torch.cat(outputs, 2)
+
+
+def _attend(q: Tensor, kv: Pair, mask: Tensor | None) -> Tensor:
+    """Where `mask` is True; without one causal, and of as many queries as keys."""
+    k, v = kv
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _packed(
+    sees: Full | Window, q: Tensor, k: Tensor, v: Tensor, cache: Any, layout: Layout
+) -> tuple[Tensor, Any]:
+    """Sequence by sequence. A row's cache enters one and afterwards holds the one it leaves by."""
+    assert layout.cu_seqlens is not None
+    pieces = list(pairwise(layout.cu_seqlens.tolist()))
+    rows = range(layout.rows)
+    first = list(rows) if layout.first is None else layout.first.tolist()
+    last = list(rows) if layout.last is None else layout.last.tolist()
+    entering = {} if cache is None else {sequence: row for row, sequence in enumerate(first)}
+    outputs = []
+    for sequence, (begin, end) in enumerate(pieces):
+        if begin == end:
+            continue
+        q_here, k_here, v_here = (x[:, :, begin:end] for x in (q, k, v))
+        if cache is not None and sequence in entering:
+            k_past, v_past = cache.row(entering[sequence])
+            k_here, v_here = torch.cat((k_past, k_here), 2), torch.cat((v_past, v_here), 2)
+        outputs.append(sees.attend(q_here, (k_here, v_here)))
+    o = torch.cat(outputs, 2)
+    if not layout.keeps_state:
+        return o, None
+    if cache is None:
+        cache = sees.empty(layout.rows, 0, k.shape[1], k.shape[3], k)
+    left = torch.tensor([begin != end for begin, end in zip(first, last, strict=True)])
+    mine = [pieces[sequence] for sequence in last]
+    return o, sees.append_packed(cache.reset(left), (k, v), mine)
+
+
+class AttentionBlock(Block):
+    """A layer of the baseline or of a hybrid."""
+
+    def __init__(self, config: ModelConfig, attention: AttentionConfig):
+        super().__init__()
+        self.attention_norm = norm(config)
+        self.attention = Attention(config.hidden_size, attention)
+        self.ffn_norm = norm(config)
+        self.ffn = FeedForward(config)
+        self.join = JOINS[config.block](config)
+
+    def forward(self, x: Tensor, state: Any, layout: Layout) -> tuple[Tensor, Any]:
+        return self.join(
+            x,
+            lambda h: self.attention(h, state, layout),
+            self.attention_norm,
+            self.ffn,
+            self.ffn_norm,
+        )
+
+    def init_weights(self, config: ModelConfig, generator: torch.Generator | None) -> None:
+        for part in (self.attention, self.ffn):
+            part.init_weights(config.initialization, config.num_hidden_layers, generator)
+
+    def empty_state(self, batch: int, capacity: int | None, like: Tensor) -> LayerState:
+        _, heads, head_dim = self.state_signature
+        return self.attention.sees.empty(batch, capacity or 0, heads, head_dim, like)
+
+    @property
+    def state_signature(self) -> tuple[Any, ...]:
+        attention = self.attention
+        return (attention.sees.kind, attention.num_kv_heads, attention.head_dim)

@@ -1,0 +1,86 @@
+"""Small models of every kind, in float64: what must be equal is equal to about 1e-14."""
+
+import torch
+
+from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.language_model import LanguageModel
+from retentive.models.nested import AttentionConfig
+from retentive.models.retnet import RetNet
+from retentive.models.transformer import Transformer
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}
+CONFIGS = {
+    "retnet": RetNetConfig(**SMALL),
+    "retnet-official": RetNetConfig(
+        **SMALL,
+        gated_ffn=True,
+        hidden_act="swish",
+        norm="rmsnorm",
+        head_norm="rmsnorm",
+        decay="linspace",
+        rotation="rope",
+        row_scale=True,
+        tie_word_embeddings=True,
+        initialization="official",
+    ),
+    "retnet-ablated": RetNetConfig(
+        **SMALL, gate=False, head_norm="none", decay=(0.0, 0.0, -0.1, -0.1), row_scale=True
+    ),
+    "post-norm": RetNetConfig(  # as torchscale's and syncdoth's options together
+        **SMALL,
+        block="post-norm",
+        residual_scale=2**0.5,
+        final_norm=False,
+        embed_scale=32**0.5,
+        embed_norm=True,
+        norm="rmsnorm",
+        head_norm="rmsnorm",
+        ffn_bias=True,
+        ffn_subln="layernorm",
+        row_scale=True,
+    ),
+    "parallel": RetNetConfig(  # as XATL's, and key-value groups
+        **SMALL,
+        block="parallel",
+        hidden_act="gelu_tanh",
+        gate_act="gelu",
+        head_norm_affine=True,
+        rotary_dim=4,
+        num_kv_heads=2,
+        qkv_bias=True,
+        gate_bias=True,
+        out_bias=True,
+        ffn_bias=True,
+        gated_ffn=True,
+        head_bias=True,
+    ),
+    "xpos": RetNetConfig(  # as the first of syncdoth's
+        **SMALL,
+        block="output-norm",
+        rotation="rope-across-heads",
+        xpos_base=16.0,
+        final_norm=False,
+        tie_word_embeddings=True,
+    ),
+    "hybrid": RetNetConfig(
+        **SMALL,
+        attention_layers=(1,),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, qkv_bias=True, window=4),
+    ),
+    "transformer": TransformerConfig(**SMALL),
+    "transformer-gqa": TransformerConfig(**SMALL, num_kv_heads=2, gated_ffn=True),
+}
+
+
+def build(name: str, **changes: object) -> LanguageModel:
+    """Biases and the weights of norms are random, so that it shows where they act."""
+    config = CONFIGS[name]
+    config = type(config).from_dict({**config.to_dict(), **changes})
+    model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
+    model.init_weights(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+    return model.double()
