@@ -10,13 +10,16 @@ from retentive.errors import InputError, nearest
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
 
 
-def check_types(config: Any) -> None:
-    """Raises InputError for a field whose value does not fit; a Literal's nearest word is named."""
+def check_types(config: Any, prefix: str = "") -> None:
+    """Raises InputError for a field whose value does not fit; a Literal's nearest word is named.
+
+    `prefix` goes before the name of the field.
+    """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if typing.get_origin(hint) is not ClassVar and not _fits(value, hint):
             close = nearest(value, _words(hint)) if isinstance(value, str) else ""
-            raise InputError(f"{name} is {value!r}{close}; give {_describe(hint)}")
+            raise InputError(f"{prefix}{name} is {value!r}{close}; give {_describe(hint)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

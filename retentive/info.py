@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isinf
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -12,12 +13,17 @@ from rich.table import Table
 
 from retentive.arguments import parse
 from retentive.errors import InputError
-from retentive.models.checkpoint import empty_model, load_config
-from retentive.models.config import RetNetConfig, TransformerConfig
-from retentive.models.counts import flops_per_token, parameters, state_bytes, weight_bytes
-from retentive.ops.decay import half_life, log_decay
-
-Config = RetNetConfig | TransformerConfig
+from retentive.models.build import shapes
+from retentive.models.checkpoint import load_config
+from retentive.models.config import ModelConfig, RetNetConfig
+from retentive.models.counts import (
+    flops_per_token,
+    half_lives,
+    parameters,
+    state_bytes,
+    weight_bytes,
+)
+from retentive.models.matching import matching_transformer
 
 CONTEXTS = (2048, 8192, 131072)
 
@@ -32,13 +38,11 @@ def main(argv: Sequence[str]) -> None:
     options = parse(Options, argv, "retentive info", "A model in numbers, from its config alone.")
     config = find_config(options.model)
     tables = {"Parameters": parameter_table(config)}
-    columns = {_kind(config): config}
-    if isinstance(config, RetNetConfig):
-        tables["Heads, the same in every layer: tokens until their memory has halved"] = heads(
-            config
-        )
-        columns |= baselines(config)
-    tables["Memory of a sequence: RetNet's state in float32, a KV cache in bfloat16"] = cost_table(
+    if half_lives(config):
+        title = "Heads, the same in every layer: tokens until their memory has halved"
+        tables[title] = heads(config)
+    columns = {_kind(config): config, **baselines(config)}
+    tables["Memory of a sequence: fixed states in float32, a KV cache in bfloat16"] = cost_table(
         columns, lambda c, n: size(state_bytes(c, n, dtype=torch.bfloat16))
     )
     tables["FLOPs of a token, by the tokens before it"] = cost_table(
@@ -50,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         console.print(f"\n[bold]{title}[/bold]", table, sep="\n")
 
 
-def find_config(name: str) -> Config:
+def find_config(name: str) -> ModelConfig:
     """The config in a model folder, or of a named size. InputError where `name` is neither."""
     if Path(name).exists() or "/" in name:
         return load_config(name)
@@ -60,41 +64,37 @@ def find_config(name: str) -> Config:
         raise InputError(f"there is no model folder {name}, and {error}") from None
 
 
-def baselines(config: RetNetConfig) -> dict[str, Config]:
-    """Transformers of as many parameters: keys and values for each head, and for fewer."""
-    full = TransformerConfig.matching(config)
-    eighth = max(1, full.num_heads // 8)
-    fewer = next(n for n in range(eighth, 0, -1) if full.num_heads % n == 0)
-    grouped = TransformerConfig.matching(config, num_kv_heads=fewer)
+def baselines(config: ModelConfig) -> dict[str, ModelConfig]:
+    """Transformers of as many parameters, to compare a state of fixed size with.
+
+    Keys and values for each head, and for fewer.
+    """
+    if shapes(config).state_grows or config.block == "mixer-only":
+        return {}
+    full = matching_transformer(config)
+    eighth = max(1, full.mixer.num_heads // 8)
+    fewer = next(n for n in range(eighth, 0, -1) if full.mixer.num_heads % n == 0)
+    grouped = matching_transformer(config, num_kv_heads=fewer)
     return {_kind(baseline): baseline for baseline in (full, grouped)}
 
 
-def describe(config: Config) -> str:
-    if isinstance(config, RetNetConfig):
-        heads = f"K {config.qk_head_dim} and V {config.value_head_dim}"
-    else:
-        heads = f"{config.head_dim}, {config.kv_heads} of keys and values"
+def describe(config: ModelConfig) -> str:
+    mixers = [block.mixer.describe() for block in shapes(config).blocks]
+    kinds = list(dict.fromkeys(mixers))
+    said = kinds[0]
+    for other in kinds[1:]:
+        layers = ", ".join(str(i) for i, mixer in enumerate(mixers) if mixer == other)
+        said += f"; in layers {layers} (from 0) {other}"
     scheme = config.quantization
-    others = attention_layers(config) if isinstance(config, RetNetConfig) else ""
     bits = "" if scheme is None else f", weights of {scheme.bits} bits"
+    ffn = "no FFN" if config.block == "mixer-only" else f"FFN {config.ffn_dim}"
     return (
         f"{_kind(config)}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
-        f"{config.num_heads} heads of {heads}, FFN {config.intermediate_size}, "
-        f"vocabulary {config.vocab_size}{others}{bits}"
+        f"{ffn}, vocabulary {config.vocab_size}{bits}; {said}"
     )
 
 
-def attention_layers(config: RetNetConfig) -> str:
-    """What `describe` says of a hybrid's other layers."""
-    if config.attention is None:
-        return ""
-    layers = ", ".join(map(str, config.attention_layers))
-    window = config.attention.window
-    seen = "" if window is None else f" to the last {window} tokens"
-    return f", attention{seen} in layers {layers} (from 0)"
-
-
-def parameter_table(config: Config) -> Table:
+def parameter_table(config: ModelConfig) -> Table:
     table = _table("part", "parameters", "share")
     parts = parameters(config)
     total = sum(parts.values())
@@ -110,23 +110,20 @@ def parameter_table(config: Config) -> Table:
     return table
 
 
-def stored_bytes(config: Config) -> int:
+def stored_bytes(config: ModelConfig) -> int:
     """Of all tensors of a model folder."""
-    return sum(tensor.nbytes for tensor in empty_model(config).state_dict().values())
+    return sum(tensor.nbytes for tensor in shapes(config).state_dict().values())
 
 
-def heads(config: RetNetConfig) -> Table:
+def heads(config: ModelConfig) -> Table:
     table = _table("head", "decay γ", "half-life")
-    decays = log_decay(config.num_heads, config.decay)
-    for head, (gamma, tokens) in enumerate(
-        zip(decays.exp().tolist(), half_life(decays).tolist(), strict=True)
-    ):
+    for head, tokens in enumerate(half_lives(config)):
         shown = "∞" if isinf(tokens) else f"{tokens:,.{1 if tokens < 1000 else 0}f}"
-        table.add_row(str(head), f"{gamma:.8g}", shown)
+        table.add_row(str(head), f"{0.5 ** (1 / tokens):.8g}", shown)
     return table
 
 
-def cost_table(columns: dict[str, Config], cell: Callable[[Config, int], str]) -> Table:
+def cost_table(columns: dict[str, ModelConfig], cell: Callable[[ModelConfig, int], str]) -> Table:
     """`cell` of each config at each context."""
     table = _table("context", *columns)
     for context in CONTEXTS:
@@ -139,11 +136,14 @@ def size(count: float) -> str:
     return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
-def _kind(config: Config) -> str:
-    if isinstance(config, RetNetConfig):
-        return "hybrid RetNet" if config.attention_layers else "RetNet"
-    fold = config.num_heads // config.kv_heads
-    return "Transformer, " + ("MHA" if fold == 1 else f"GQA {fold}-fold")
+def _kind(config: ModelConfig) -> str:
+    names = [block.mixer.name for block in shapes(config).blocks]
+    if set(names) == {"attention"}:
+        attention: Any = config.mixer
+        fold = attention.num_heads // attention.kv_heads
+        return "Transformer, " + ("MHA" if fold == 1 else f"GQA {fold}-fold")
+    known = {"retention": "RetNet"}.get(names[0], names[0])
+    return known if len(set(names)) == 1 else f"hybrid {known}"
 
 
 def _table(first: str, *others: str) -> Table:

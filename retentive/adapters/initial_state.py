@@ -1,4 +1,4 @@
-"""State tuning: of a frozen model only the states are learned that every text begins with.
+"""State tuning: of a frozen model only the initial state of every sequence is learned.
 
 A prompt of constant cost: `[L,H,K,V]` for L retention layers, whatever it stands for.
 """
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from retentive.adapters.base import check_base
 from retentive.errors import InputError
 from retentive.io.tensors import read_tensors, write_tensors
-from retentive.mixers.retention import MultiScaleRetention
 from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
 
@@ -27,11 +26,11 @@ class InitialState:
 
     def __init__(self, model: LanguageModel):
         self.model, self.base = model, fingerprint(model)
-        layers = _retentions(model)
+        layers = model.tunable
         begin_with(model, torch.zeros(len(layers), *layers[0].state_shape))
 
     def save(self, folder: Path) -> None:
-        states = [layer.initial_state for layer in _retentions(self.model)]
+        states = [layer.initial_state for layer in self.model.tunable]
         stacked = torch.stack([state.detach() for state in states if state is not None])
         metadata = {"format": FORMAT, "fingerprint": self.base}
         write_tensors(folder / FILE, {_NAME: stacked}, metadata)
@@ -54,12 +53,8 @@ def read(folder: Path) -> tuple[Tensor, str]:
 
 
 def begin_with(model: LanguageModel, states: Tensor) -> None:
-    """Every text that `model` reads begins with `states` `[L,H,K,V]`; nothing else is trained."""
+    """Makes `states` `[L,H,K,V]` the initial state of `model`; nothing else is trained."""
     model.requires_grad_(False)
     exact = states.to(model.device, model.exact_dtype)
-    for layer, state in zip(_retentions(model), exact, strict=True):
+    for layer, state in zip(model.tunable, exact, strict=True):
         layer.initial_state = nn.Parameter(state.clone())
-
-
-def _retentions(model: LanguageModel) -> list[MultiScaleRetention]:
-    return [module for module in model.modules() if isinstance(module, MultiScaleRetention)]

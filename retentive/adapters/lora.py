@@ -16,7 +16,7 @@ from retentive.adapters.base import check_base
 from retentive.errors import InputError, nearest
 from retentive.io.atomic import write_text
 from retentive.io.tensors import read_tensors, write_tensors
-from retentive.models.checkpoint import empty_model
+from retentive.models.build import empty_model
 from retentive.models.config import ModelConfig
 from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel

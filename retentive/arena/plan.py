@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from retentive.data.dataset import DataConfig
 from retentive.models.config import RetNetConfig
+from retentive.models.counts import parameters
+from retentive.models.matching import match_parameters
 from retentive.train.config import ModelOptions, OptimizerConfig, RunConfig, TrainConfig
 
 
@@ -82,13 +84,13 @@ VARIANTS = {  # in the words and with the numbers of the paper's §3.5 and Table
     "retnet": Variant("RetNet"),
     "no-gate": Variant("no swish gate", lambda retnet: {"gate": False}),
     "no-head-norm": Variant("no head norm", lambda retnet: {"head_norm": "none"}),
-    "no-decay": Variant("no decay", lambda retnet: {"decay": (0.0,) * retnet.num_heads}),
+    "no-decay": Variant("no decay", lambda retnet: {"decay": (0.0,) * retnet.mixer.num_heads}),
     "one-decay": Variant(
         "one decay for all",
-        lambda retnet: {"decay": (math.log(127 / 128),) * retnet.num_heads},
+        lambda retnet: {"decay": (math.log(127 / 128),) * retnet.mixer.num_heads},
     ),
     "small-heads": Variant(
-        "smaller heads, 1/4", lambda retnet: {"num_heads": 4 * retnet.num_heads}
+        "smaller heads, 1/4", lambda retnet: {"num_heads": 4 * retnet.mixer.num_heads}
     ),
     "transformer": Variant("Transformer", kind="transformer"),
 }
@@ -99,11 +101,11 @@ def model_options(recipe: Recipe, name: str) -> ModelOptions:
     variant = VARIANTS[name]
     if variant.kind == "transformer":  # which takes the RetNet's size by itself
         return ModelOptions(kind="transformer", fields=recipe.model)
-    retnet = RetNetConfig(vocab_size=1, **recipe.model)
+    retnet = RetNetConfig.from_dict({"vocab_size": 1, **recipe.model})
     changes = variant.changes(retnet)
-    spared = retnet.projected_dims - replace(retnet, **changes).projected_dims
-    width = retnet.ffn_dim + spared // (3 if retnet.gated_ffn else 2)
-    return ModelOptions(fields={**recipe.model, **changes, "intermediate_size": width})
+    changed = RetNetConfig.from_dict({"vocab_size": 1, **recipe.model, **changes})
+    matched = match_parameters(changed, sum(parameters(retnet).values()), multiple=1)
+    return ModelOptions(fields={**recipe.model, **changes, "intermediate_size": matched.ffn_dim})
 
 
 @dataclass(frozen=True)

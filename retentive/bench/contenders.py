@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from retentive.bench.models import Config, Equal, Subject, gated, itself, square, transformer
+from retentive.bench.models import Equal, Subject, gated, itself, square, transformer
 from retentive.bench.peers import VERSIONS
 from retentive.errors import InputError, nearest
+from retentive.models.config import ModelConfig
 
 Choice = dict[str, Any]
 CHUNKS: tuple[Choice, ...] = tuple({"chunk_size": C} for C in (1024, 512, 256, 128, 64))
@@ -56,7 +57,7 @@ class Entry:
     contender: Contender
     model: Subject | None = None
 
-    def config(self) -> Config:
+    def config(self) -> ModelConfig:
         assert self.model is not None
         return self.contender.equal(self.model)
 

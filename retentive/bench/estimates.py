@@ -11,8 +11,8 @@ from retentive.bench.contenders import Choice, Entry
 from retentive.bench.models import itself
 from retentive.devices import resolve_dtype
 from retentive.inference.session import SEGMENT
-from retentive.models.config import RetNetConfig, TransformerConfig
-from retentive.models.counts import mixer_name, parameters, state_bytes, weight_bytes
+from retentive.models.config import ModelConfig
+from retentive.models.counts import mixer_parameters, parameters, state_bytes, weight_bytes
 
 INTEGER = 48  # bytes of a token as int64, and as a number of Python in a list
 
@@ -39,7 +39,7 @@ def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
     prompt = rows * tokens * (INTEGER if ours else 8)  # ours reads a list
     if ours and task == "prefill":
         tokens = min(tokens, SEGMENT)
-    scores = 2 * rows * config.num_heads * tokens**2 * size if parallel else 0
+    scores = 2 * rows * _heads(config) * tokens**2 * size if parallel else 0
     activations = rows * tokens * _kept_dims(config) * size
     logits = 2 * rows * tokens * config.vocab_size * size
     if task == "prefill":
@@ -72,8 +72,11 @@ def _op_bytes(case: dict[str, Any], size: int, parallel: bool, recurrent: bool) 
     return held
 
 
-def _kept_dims(config: RetNetConfig | TransformerConfig) -> int:
+def _heads(config: ModelConfig) -> int:
+    return getattr(config.mixer, "num_heads", 1)
+
+
+def _kept_dims(config: ModelConfig) -> int:
     """Numbers a token and layer: what enters and leaves each of its matrices."""
-    counted = parameters(config)
-    matrices = counted[mixer_name(config)] + counted["ffn"]
+    matrices = mixer_parameters(config) + parameters(config)["ffn"]
     return matrices // config.num_hidden_layers // config.hidden_size

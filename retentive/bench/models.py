@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from retentive.errors import InputError, nearest
 from retentive.models.checkpoint import load_config
-from retentive.models.config import SIZES, RetNetConfig, TransformerConfig
+from retentive.models.config import SIZES, ModelConfig, RetNetConfig
+from retentive.models.counts import parameters
+from retentive.models.matching import match_parameters, matching_transformer
 
 _REFERENCE = {"gated_ffn": True, "norm": "rmsnorm", "head_norm": "rmsnorm"}
 BENCHMARK_SIZES: dict[str, dict[str, Any]] = {  # beside the sizes that models have
@@ -46,21 +48,20 @@ def itself(model: Subject) -> RetNetConfig:
 
 def square(model: Subject) -> RetNetConfig:
     """V is K and the FFN plain, wider by what retention has less: as many parameters."""
-    config, width = model.config, model.config.hidden_size
-    layer = width * (config.projected_dims + (3 if config.gated_ffn else 2) * config.ffn_dim)
-    assert config.qk_dim is not None
-    ffn = (layer - 5 * width * config.qk_dim) / (2 * width)
-    fields = {"value_dim": config.qk_dim, "gated_ffn": False, "intermediate_size": round(ffn)}
-    return dataclasses.replace(config, **fields)
+    config = model.config
+    mixer = dataclasses.replace(config.mixer, value_dim=config.mixer.qk_dim)
+    plain = dataclasses.replace(config.ffn, gated=False)
+    made = dataclasses.replace(config, mixer=mixer, ffn=plain)
+    return cast(RetNetConfig, match_parameters(made, sum(parameters(config).values()), multiple=1))
 
 
-def transformer(groups: int) -> Callable[[Subject], TransformerConfig]:
+def transformer(groups: int) -> Callable[[Subject], ModelConfig]:
     """Of as many parameters; `groups` query heads, or all, share keys and values."""
 
-    def matching(model: Subject) -> TransformerConfig:
-        heads = TransformerConfig.matching(model.config).num_heads
+    def matching(model: Subject) -> ModelConfig:
+        heads = matching_transformer(model.config).mixer.num_heads
         shared = groups if heads % groups == 0 else heads
-        return TransformerConfig.matching(model.config, heads // shared)
+        return matching_transformer(model.config, heads // shared)
 
     return matching
 
@@ -68,18 +69,18 @@ def transformer(groups: int) -> Callable[[Subject], TransformerConfig]:
 def gated(equal: "Equal") -> "Equal":
     """The same with a gate in its FFN, which is narrower for it: a multiple of 8, as GPUs like."""
 
-    def with_gate(model: Subject) -> Config:
+    def with_gate(model: Subject) -> ModelConfig:
         config = equal(model)
-        if config.gated_ffn:
+        if config.ffn.gated:
             return config
-        ffn = 8 * round(config.ffn_dim / 12)
-        return dataclasses.replace(config, gated_ffn=True, intermediate_size=ffn)
+        width = 8 * round(config.ffn_dim / 12)
+        ffn = dataclasses.replace(config.ffn, gated=True, intermediate_size=width)
+        return dataclasses.replace(config, ffn=ffn)
 
     return with_gate
 
 
-Config = RetNetConfig | TransformerConfig
-Equal = Callable[[Subject], Config]
+Equal = Callable[[Subject], ModelConfig]
 """The config of a contender whose model is the equal of ours."""
 
 

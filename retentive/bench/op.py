@@ -19,7 +19,8 @@ from retentive.bench.results import Result, Row
 from retentive.bench.roofline import Op, roofline
 from retentive.devices import resolve_dtype
 from retentive.errors import InputError
-from retentive.models.counts import attention_flops, retention_flops
+from retentive.mixers.attention import attention_flops
+from retentive.mixers.retention import retention_flops
 
 WIDTH = {False: 512, True: 2048}  # H·K, on a GPU that of 1.3B
 LENGTHS = {False: (2048, 8192, 32768, 131072), True: (8192, 2048, 32768)}

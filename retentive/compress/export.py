@@ -22,10 +22,11 @@ from retentive.data.tokenizer import TextTokenizer, save_tokenizer
 from retentive.errors import InputError, nearest
 from retentive.io.atomic import write_text
 from retentive.io.folders import check_new, new_folder
+from retentive.mixers.state import TensorState
+from retentive.models.build import empty_model
 from retentive.models.checkpoint import WEIGHTS, save_model
 from retentive.models.language_model import LanguageModel
-from retentive.models.retnet import RetNet
-from retentive.models.state import RetentionState, RetNetState
+from retentive.models.state import ModelState
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -108,14 +109,14 @@ class Stateful(nn.Module):
     tokens after it.
     """
 
-    def __init__(self, model: RetNet):
+    def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
 
     def forward(
         self, tokens: Tensor, positions: Tensor, state: list[Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        before = RetNetState(positions, [RetentionState(S) for S in state])
+        before = ModelState(positions, [TensorState("retention", {"S": S}) for S in state])
         h, after = self.model.hidden(tokens, before)
         assert after is not None
         logits = self.model.head(h[:, -1])
@@ -125,7 +126,7 @@ class Stateful(nn.Module):
 class Stateless(nn.Module):
     """The same, its first argument the weights of the model by name."""
 
-    def __init__(self, model: RetNet):
+    def __init__(self, model: LanguageModel):
         super().__init__()
         self._inner = (Stateful(model),)  # in a tuple, so that it has no parameters of its own
 
@@ -136,11 +137,10 @@ class Stateless(nn.Module):
         return functional_call(self._inner[0], given, (tokens, positions, state))
 
 
-def trace(model: RetNet, graph: str) -> ExportedProgram:
+def trace(model: LanguageModel, graph: str) -> ExportedProgram:
     """`Stateless` of the model for any number of rows, in a prefill also of tokens."""
     form, backend = GRAPHS[graph]
-    with torch.device("meta"):
-        twin = RetNet(model.config).use(form=form, backend=backend).eval()
+    twin = empty_model(model.config).set_kernels(form=form, backend=backend).eval()
     weights = dict(sorted(model.state_dict().items()))
     before = model.init_state(2)
     tokens = torch.zeros(2, 1 if graph == "step" else 3, dtype=torch.int64)
@@ -161,9 +161,9 @@ def trace(model: RetNet, graph: str) -> ExportedProgram:
     return program
 
 
-def describe(model: RetNet, format: str, texts: TextTokenizer | None) -> dict[str, Any]:
+def describe(model: LanguageModel, format: str, texts: TextTokenizer | None) -> dict[str, Any]:
     """What a program needs to run the graphs, as JSON. In a step "length" is 1."""
-    _, *sizes = model.blocks[0].state_signature
+    sizes = model.blocks[0].mixer.state_shape
     layers = range(len(model.layers))
     state = {"dtype": "float32", "shape": ["batch", *sizes]}
     positions = {"dtype": "int64", "shape": ["batch"]}
@@ -193,12 +193,12 @@ class Call(NamedTuple):
 
     graph: str
     tokens: Tensor
-    before: RetNetState
+    before: ModelState
     logits: Tensor
-    after: RetNetState
+    after: ModelState
 
 
-def check(model: RetNet, open_graph: Callable[[str], Run], rows: int = 3) -> Errors:
+def check(model: LanguageModel, open_graph: Callable[[str], Run], rows: int = 3) -> Errors:
     """The graphs beside the model on random tokens: from the start, and around position 10^6."""
     calls, errors = list(_calls(model, rows)), []
     for graph in GRAPHS:
@@ -213,7 +213,7 @@ def check(model: RetNet, open_graph: Callable[[str], Run], rows: int = 3) -> Err
     return Errors(logits, state, TOLERANCE * max(1.0, len(model.layers) / 8))
 
 
-def _calls(model: RetNet, rows: int) -> Iterator[Call]:
+def _calls(model: LanguageModel, rows: int) -> Iterator[Call]:
     generator = torch.Generator().manual_seed(0)
     state = model.init_state(rows)
     for graph, length, skipped in (
@@ -223,15 +223,15 @@ def _calls(model: RetNet, rows: int) -> Iterator[Call]:
         ("step", 1, 0),
     ):
         tokens = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
-        before = RetNetState(state.positions + skipped, state.layers)
+        before = ModelState(state.positions + skipped, state.layers)
         h, after = model.hidden(tokens, before)
         assert after is not None
         yield Call(graph, tokens, before, model.head(h[:, -1]), after)
         state = after
 
 
-def _S(state: RetNetState) -> list[Tensor]:
-    return [layer.S for layer in state.layers]
+def _S(state: ModelState) -> list[Tensor]:
+    return [layer["S"] for layer in state.layers]
 
 
 def _cat(layers: list[Tensor]) -> Tensor:
@@ -244,16 +244,14 @@ def _distance(given: Tensor, expected: Tensor) -> float:
     return float(((given - expected).norm(dim=1) / expected.norm(dim=1)).median())
 
 
-def _plain(model: LanguageModel) -> RetNet:
+def _plain(model: LanguageModel) -> LanguageModel:
     """Another model of the same weights: for inference, on the CPU, with the default forms."""
-    if not isinstance(model, RetNet):
-        raise InputError(
-            f"this is a {type(model).__name__}, only a RetNet is exported:"
-            " its state has one size whatever it has read"
-        )
-    for field, what in (("attention_layers", "attention layers"), ("xpos_base", "xPos")):
-        if getattr(model.config, field):
-            raise InputError(f"the model has {what} ({field}), which an export cannot hold yet")
+    for index, block in enumerate(model.blocks):
+        if not block.mixer.exportable:
+            raise InputError(
+                f"layer {index} mixes by {block.mixer.describe()}, which is not exported;"
+                " models of retention without xPos are"
+            )
     model.check_storable()
     kinds = {str(weight.dtype).removeprefix("torch.") for weight in model.state_dict().values()}
     if kinds != {"float32"}:
@@ -261,8 +259,7 @@ def _plain(model: LanguageModel) -> RetNet:
             f"the weights are {', '.join(sorted(kinds))}; give the model in float32,"
             " the one that a quantised model was made from"
         )
-    with torch.device("meta"):
-        plain = RetNet(model.config)
+    plain = empty_model(model.config)
     weights = {name: weight.cpu() for name, weight in model.state_dict().items()}
     plain.load_state_dict(weights, assign=True)
     return plain.eval()

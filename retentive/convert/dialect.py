@@ -126,8 +126,8 @@ def half_pairs(config: RetNetConfig, count: int) -> Tensor:
 
     Where only the first R dims of a head turn, the others fill the places that are left.
     """
-    K = config.qk_head_dim
-    R = K if config.rotary_dim is None else config.rotary_dim
+    K = config.mixer.qk_head_dim
+    R = K if config.mixer.rotary_dim is None else config.mixer.rotary_dim
     dims, middle = torch.arange(K), (R + K) // 2
     head = torch.cat((dims[:R:2], dims[R:middle], dims[1:R:2], dims[middle:]))
     return (torch.arange(0, count, K).unsqueeze(1) + head).flatten()

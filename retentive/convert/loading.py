@@ -7,6 +7,7 @@ from retentive.convert.plan import OURS, plan
 from retentive.convert.source import CONFIG, open_source
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.models import checkpoint
+from retentive.models.build import empty_model
 from retentive.models.language_model import LanguageModel
 
 
@@ -22,7 +23,7 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32") -> 
         return checkpoint.load(folder, device=device, dtype=dtype)
     where, kind = resolve_device(device), resolve_dtype(dtype)
     made = plan(open_source(source))
-    model = checkpoint.empty_model(made.config)
+    model = empty_model(made.config)
     as_stored = {name for name, _ in model.named_buffers()}  # quantised
     tensors = {}
     for name, tensor in made.stream():

@@ -19,9 +19,10 @@ from retentive.convert.dialects import detect
 from retentive.convert.source import CONFIG, Source
 from retentive.convert.weight_files import Stored
 from retentive.errors import InputError
-from retentive.models.checkpoint import empty_model
+from retentive.models.build import empty_model
 from retentive.models.config import (
     QUANTIZED,
+    ModelConfig,
     RetNetConfig,
     TransformerConfig,
     config_from_dict,
@@ -58,7 +59,7 @@ class Plan:
 
     source: Source
     told: str
-    config: RetNetConfig | TransformerConfig
+    config: ModelConfig
     fields: dict[str, Any]
     pieces: dict[str, Piece]
     constants: dict[str, Tensor]
@@ -198,7 +199,7 @@ class _Fit:
         if stored != count:
             raise self._refuse(f"holds {stored} layers, {CONFIG} says {count}")
 
-    def check_sizes(self, config: RetNetConfig | TransformerConfig) -> None:
+    def check_sizes(self, config: ModelConfig) -> None:
         largest = max(max(stored.shape, default=0) for stored in self.tensors.values())
         for name in ("vocab_size", "hidden_size", "intermediate_size", "qk_dim", "value_dim"):
             if (size := getattr(config, name, 0)) > largest:
@@ -279,7 +280,7 @@ def _naming(source: Source) -> Iterator[None]:
         raise InputError(f"{source.given}, {CONFIG}: {error}") from error
 
 
-def _our_fields(config: RetNetConfig | TransformerConfig, source: Source) -> dict[str, Any]:
+def _our_fields(config: ModelConfig, source: Source) -> dict[str, Any]:
     return {**config.to_dict(), **_tokens(source)}
 
 
@@ -287,7 +288,7 @@ def _tokens(source: Source) -> dict[str, Any]:
     return {name: source.config[name] for name in TOKENS if source.config.get(name) is not None}
 
 
-def _shapes(config: RetNetConfig | TransformerConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in empty_model(config).state_dict().items()}
 
 

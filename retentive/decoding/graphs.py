@@ -9,16 +9,17 @@ slots that a batch leaves free are not active, and their states are neither read
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from retentive.decoding.runner import DecodeRunner, Mix
-from retentive.layers.fused import Fused, around, norm_parts
-from retentive.mixers.retention import MultiScaleRetention
-from retentive.models.retnet import RetNet
-from retentive.models.state import RetNetState
+from retentive.decoding.recurrent import RecurrentRunner, Runner
+from retentive.layers.layout import Layout
+from retentive.mixers.state import TensorState
+from retentive.models.language_model import LanguageModel
+from retentive.models.state import ModelState
 
 WARM_UP = 2  # steps before a recording: libraries set themselves up, kernels are compiled
 
@@ -45,16 +46,13 @@ def record(step: Step) -> Step:
     return replay
 
 
-def suits(model: RetNet) -> bool:
+def suits(model: LanguageModel) -> bool:
     """Whether steps of this model can be recorded: on a GPU, by the kernels, from plain weights."""
     x = torch.empty(0, dtype=model.dtype, device=model.device)
-    backends = {
-        layer.backend for layer in model.modules() if isinstance(layer, MultiScaleRetention)
-    }
     return (
         model.device.type == "cuda"
         and model.config.quantization is None
-        and all(around(backend, x) is Fused for backend in backends)
+        and all(block.mixer.fixed_step(x) for block in model.blocks)
     )
 
 
@@ -66,7 +64,7 @@ def bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-class GraphRunner:
+class GraphRunner(Runner):
     """A `Runner` whose steps are replayed. Its rows are in the model's slots while it is stepped.
 
     Runners of one model may take turns: the one that steps takes the slots, and the state of the
@@ -75,20 +73,19 @@ class GraphRunner:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: RetNet, state: RetNetState, record_by: Record | None = None):
+    def __init__(self, model: LanguageModel, state: ModelState, record_by: Record | None = None):
         self.model, self.rows = model, state.batch_size
         self._record = record_by or record
-        self._kept: RetNetState | None = None  # while another has the slots
+        self._kept: ModelState | None = None  # while another has the slots
         self._enter(state)
 
     @property
-    def state(self) -> RetNetState:
+    def state(self) -> ModelState:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self._kept is not None:
             return self._kept
         return _first(_SLOTS[self.model].state, self.rows)
 
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
+    def _step(self, tokens: Tensor) -> Tensor:
         if self._kept is not None:
             self._enter(self._kept)
             self._kept = None
@@ -100,7 +97,7 @@ class GraphRunner:
         """Gives the slots back, with a copy of the state that is in them."""
         self._kept = self.state.clone()
 
-    def _enter(self, state: RetNetState) -> None:
+    def _enter(self, state: ModelState) -> None:
         slots = slots_of(self.model, bucket(self.rows))
         self._replay = slots.recording(self.model, bucket(self.rows), self._record)
         slots.lend(self, state)
@@ -109,25 +106,27 @@ class GraphRunner:
 class Slots:
     """The buffers of a model's recorded steps, and the recordings by their number of slots."""
 
-    def __init__(self, model: RetNet, capacity: int):
+    def __init__(self, model: LanguageModel, capacity: int):
         self.capacity, self.weights = capacity, _addresses(model)
         self.state = model.init_state(capacity)
         self.tokens = torch.zeros(capacity, dtype=torch.int64, device=model.device)
         self.active = torch.zeros(capacity, dtype=torch.bool, device=model.device)
-        self._recordings: dict[int, tuple[Step, DecodeRunner]] = {}  # whose constants it reads
+        self._recordings: dict[int, tuple[Step, RecurrentRunner]] = {}  # whose constants it reads
         self._tenant: Callable[[], GraphRunner | None] = lambda: None
 
-    def recording(self, model: RetNet, size: int, record: Record) -> Step:
+    def recording(self, model: LanguageModel, size: int, record: Record) -> Step:
         """The step of the first `size` slots. Recording it writes over what they hold."""
         if size not in self._recordings:
             self.vacate()
             tokens, state = self.tokens[:size], _first(self.state, size)
-            runner = _SlotRunner(cast(RetNet, weakref.proxy(model)), state, self.active[:size])
+            runner = _SlotRunner(
+                cast(LanguageModel, weakref.proxy(model)), state, self.active[:size]
+            )
             with torch.cuda.device_of(tokens):
                 self._recordings[size] = record(lambda: runner.step(tokens)), runner
         return self._recordings[size][0]
 
-    def lend(self, tenant: GraphRunner, state: RetNetState) -> None:
+    def lend(self, tenant: GraphRunner, state: ModelState) -> None:
         """Fills the first slots with the rows of `state`, for `tenant`."""
         self.vacate()
         rows = state.batch_size
@@ -135,8 +134,7 @@ class Slots:
         held = _first(self.state, rows)
         held.positions.copy_(state.positions)
         for mine, given in zip(held.layers, state.layers, strict=True):
-            for name, tensor in mine.tensors().items():
-                tensor.copy_(given.tensors()[name])
+            mine.copy_(given)
         self._tenant = weakref.ref(tenant)
 
     def vacate(self) -> None:
@@ -145,10 +143,10 @@ class Slots:
         self._tenant = lambda: None
 
 
-_SLOTS: "weakref.WeakKeyDictionary[RetNet, Slots]" = weakref.WeakKeyDictionary()
+_SLOTS: "weakref.WeakKeyDictionary[LanguageModel, Slots]" = weakref.WeakKeyDictionary()
 
 
-def slots_of(model: RetNet, size: int) -> Slots:
+def slots_of(model: LanguageModel, size: int) -> Slots:
     """The model's slots, made anew where they are fewer than `size` or its weights have moved."""
     slots = _SLOTS.get(model)
     if slots is None or slots.capacity < size or slots.weights != _addresses(model):
@@ -159,50 +157,24 @@ def slots_of(model: RetNet, size: int) -> Slots:
     return slots
 
 
-def _addresses(model: RetNet) -> list[int]:
+def _addresses(model: LanguageModel) -> list[int]:
     return [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
 
 
-def _first(state: RetNetState, rows: int) -> RetNetState:
+def _first(state: ModelState, rows: int) -> ModelState:
     """The first rows of a state, sharing its memory."""
-    layers = [
-        type(layer).from_tensors({name: x[:rows] for name, x in layer.tensors().items()}, [])
-        for layer in state.layers
-    ]
-    return RetNetState(state.positions[:rows], layers)
+    layers = [cast(TensorState, layer).first(rows) for layer in state.layers]
+    return ModelState(state.positions[:rows], layers)
 
 
-class _SlotRunner(DecodeRunner):
-    """Steps that depend on nothing but the contents of the buffers they are given.
-
-    Rotation, retention, norm and gate of a layer are one operator (`kernels.triton.decode`).
-    """
+class _SlotRunner(RecurrentRunner):
+    """Steps that depend on nothing but the contents of the buffers they are given."""
 
     ahead = 1  # else angles of a few positions would be recorded as constants
 
-    def __init__(self, model: RetNet, state: RetNetState, active: Tensor):
-        self._active = active  # before the steps are made, which have it in them
+    def __init__(self, model: LanguageModel, state: ModelState, active: Tensor):
         super().__init__(model, state)
+        self._active = active
 
-    def _mix(self, retention: MultiScaleRetention) -> Mix:
-        like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
-        if around(retention.backend, like) is not Fused:
-            return super()._mix(retention)
-        from retentive.kernels.triton.decode import decode_step
-
-        _, K, V = retention.state_shape
-        norm, weight, bias, eps = norm_parts(retention.head_norm)
-        active = self._active  # for the runner itself would be held by its own step
-
-        def mix(h: Tensor, *, S: Tensor, gamma: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-            cos, sin = angles
-            q, k, v, gate = retention.project(h.unsqueeze(1))
-            q, k, v = (y.unflatten(-1, (-1, n)) for y, n in ((q, K), (k, K), (v, V)))
-            tables = (cos[:, :1], sin[:, :1], cos[:, 1:], sin[:, 1:])
-            y = decode_step(
-                q, k, v, gate, S, gamma.squeeze(-1), *tables, active,
-                weight, bias, norm, retention.gate_act, eps,
-            )  # fmt: skip
-            return retention.o_proj(y).squeeze(1)
-
-        return mix
+    def _layout(self) -> Layout:
+        return replace(super()._layout(), active=self._active)

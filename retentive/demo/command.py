@@ -28,7 +28,7 @@ from retentive.errors import InputError
 from retentive.inference.generate import generate
 from retentive.info import size
 from retentive.models.checkpoint import load
-from retentive.models.retnet import RetNet
+from retentive.models.language_model import LanguageModel
 from retentive.ops import FORMS
 from retentive.train.checkpoints import OtherRun, RunFolder
 from retentive.train.config import RunConfig, load_config
@@ -68,7 +68,6 @@ def demonstrate(config: RunConfig, folder: Path, tokens: int) -> None:
         return
     corpus = prepare(config.data)  # found in its cache
     model, tokenizer = load(folder, device=device), load_tokenizer(folder)
-    assert isinstance(model, RetNet)
     show_curve(result, corpus, console)
 
     _part(console, "2. Writing")
@@ -161,12 +160,12 @@ def xz_bits_per_byte(corpus: Corpus) -> float:
 
 
 @torch.inference_mode()
-def show_forms(model: RetNet, corpus: Corpus, console: Console) -> None:
+def show_forms(model: LanguageModel, corpus: Corpus, console: Console) -> None:
     """Logits of a held-out text in every form, against the parallel form."""
     tokens = torch.from_numpy(corpus.valid.tokens[:FORM_TOKENS].astype(np.int64))[None]
     tokens = tokens.to(model.device)
-    logits = {form: model.use(form=form)(tokens)[0] for form in FORMS}
-    model.use(form="auto")
+    logits = {form: model.set_kernels(form=form)(tokens)[0] for form in FORMS}
+    model.set_kernels(form="auto")
     reference = logits["parallel"]
     table = Table()
     table.add_column("form")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from retentive.eval.scores import log_likelihoods
 from retentive.models.language_model import LanguageModel
-from retentive.models.state import RetNetState
+from retentive.models.state import ModelState
 
 AT_ONCE = 4096  # tokens read in one call, of all rows: memory does not grow with a text
 LEAST = 16  # tokens that requests must have in common: to read fewer once costs more than twice
@@ -96,12 +96,12 @@ class Segment(NamedTuple):
     at: int
     lengths: list[int]
     begins: list[int]
-    state: RetNetState
+    state: ModelState
 
 
 @torch.inference_mode()
 def read(
-    model: LanguageModel, rows: Sequence[Sequence[int]], state: RetNetState, *, last: bool
+    model: LanguageModel, rows: Sequence[Sequence[int]], state: ModelState, *, last: bool
 ) -> Iterator[Segment]:
     """Reads ragged rows, at most AT_ONCE tokens a call; a row may have none.
 
@@ -130,7 +130,7 @@ def read(
         yield Segment(h.flatten(0, 1), at, lengths, begins, state)
 
 
-def after(model: LanguageModel, rows: Sequence[Sequence[int]], state: RetNetState) -> RetNetState:
+def after(model: LanguageModel, rows: Sequence[Sequence[int]], state: ModelState) -> ModelState:
     """The state after each row has read its tokens; a row may have none."""
     for segment in read(model, rows, state, last=False):
         state = segment.state
@@ -147,7 +147,7 @@ class Scorer:
     def finish(
         self,
         requests: Sequence[Request],
-        state: RetNetState | None = None,
+        state: ModelState | None = None,
         on_finished: Callable[[Request], None] = lambda request: None,
     ) -> None:
         """Fills in `log_likelihood` and `greedy` of all; tells of each as soon as it has them.
@@ -166,7 +166,7 @@ class Scorer:
     def _read(
         self,
         nodes: list[tuple[Node, int]],
-        state: RetNetState,
+        state: ModelState,
         on_finished: Callable[[Request], None],
     ) -> None:
         """Depth first, so that few states are held. Each node goes on from a row of `state`."""
@@ -182,8 +182,8 @@ class Scorer:
                     self._read(children, after, on_finished)
 
     def _read_batch(
-        self, nodes: list[Node], state: RetNetState, on_finished: Callable[[Request], None]
-    ) -> RetNetState:
+        self, nodes: list[Node], state: ModelState, on_finished: Callable[[Request], None]
+    ) -> ModelState:
         rows, last = [node.tokens for node in nodes], not nodes[0].children
         for segment in read(self.model, rows, state, last=last):
             state = segment.state

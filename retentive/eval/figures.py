@@ -5,14 +5,6 @@ from math import isinf
 from pathlib import Path
 from typing import Any
 
-from retentive.models.config import RetNetConfig
-from retentive.ops.decay import half_life, log_decay
-
-
-def half_lives(config: RetNetConfig) -> list[float]:
-    """Of each head, in tokens; infinity where nothing decays."""
-    return half_life(log_decay(config.num_heads, config.decay)).tolist()
-
 
 def new_figure(title: str, height: float = 4.2) -> Any:
     from matplotlib.figure import Figure
@@ -22,9 +14,9 @@ def new_figure(title: str, height: float = 4.2) -> Any:
     return figure
 
 
-def by_distance(panels: Sequence[Any], what: str, config: RetNetConfig | None) -> None:
-    """Doublings along x of panels one below the other; a RetNet's half-lives as dotted lines."""
-    shown = [t for t in half_lives(config) if not isinf(t)] if config is not None else []
+def by_distance(panels: Sequence[Any], what: str, half_lives: Sequence[float]) -> None:
+    """Doublings along x of panels one below the other; the heads' half-lives as dotted lines."""
+    shown = [tokens for tokens in half_lives if not isinf(tokens)]
     for axes in panels:
         axes.set_xscale("log", base=2)
         low, high = axes.get_xlim()

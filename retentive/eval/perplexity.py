@@ -27,7 +27,6 @@ from retentive.eval.progress import Display
 from retentive.eval.results import Results
 from retentive.eval.scores import log_likelihoods
 from retentive.models.language_model import LanguageModel
-from retentive.models.retnet import RetNet
 
 SEGMENT = 2048  # tokens of a whole document read at once
 
@@ -92,7 +91,7 @@ class PerplexityOptions(Options):
             raise InputError(f"there is no text in {', '.join(self.texts)}; give one that has some")
 
     def readings(self, model: LanguageModel) -> list["Reading"]:
-        whole = [Reading()] if isinstance(model, RetNet) else []
+        whole = [] if model.state_grows else [Reading()]
         windows = [Reading(w, self.stride or max(1, w // 2)) for w in dict.fromkeys(self.windows)]
         if not whole and not windows:
             raise InputError(

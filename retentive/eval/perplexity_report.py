@@ -10,7 +10,7 @@ from retentive.eval.curves import BLOCK, Mean, block_lengths, curve
 from retentive.eval.figures import by_distance, new_figure, save
 from retentive.eval.tables import console
 from retentive.info import size
-from retentive.models.config import RetNetConfig
+from retentive.models.counts import half_lives
 from retentive.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -191,8 +191,7 @@ class Report:
             for index in compared:
                 self._line(axes, self.gain(index), index)
             axes.set_ylabel("above whole")
-        config = self.config if isinstance(self.config, RetNetConfig) else None
-        by_distance(panels[:, 0], "tokens before", config)
+        by_distance(panels[:, 0], "tokens before", half_lives(self.config))
         save(figure, folder / "perplexity")
 
     def _line(self, axes: "Axes", points: list[tuple[int, int, Mean]], index: int) -> None:

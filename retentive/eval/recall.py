@@ -26,7 +26,7 @@ from retentive.eval.progress import Display
 from retentive.eval.recall_report import Answer, Report
 from retentive.eval.results import Results
 from retentive.models.language_model import LanguageModel
-from retentive.models.state import RetNetState
+from retentive.models.state import ModelState
 
 PROBES = ("passkey", "mqar")
 FORMAT = 1  # counts up when the same seed would give other texts
@@ -223,7 +223,7 @@ def ask_along(
     return [list(answers) for answers in zip(*by_distance, strict=True)]
 
 
-def _ask(scorer: Scorer, samples: Sequence[Sample], state: RetNetState) -> list[Answer]:
+def _ask(scorer: Scorer, samples: Sequence[Sample], state: ModelState) -> list[Answer]:
     """What each row of the state, which stays as it is, answers to its sample's questions."""
     requests = [
         [

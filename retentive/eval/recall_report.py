@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from retentive.eval.figures import by_distance, half_lives, new_figure, save
+from retentive.eval.figures import by_distance, new_figure, save
 from retentive.eval.tables import console
-from retentive.models.config import ModelConfig, RetNetConfig
-from retentive.ops.decay import log_decay
+from retentive.models.config import ModelConfig
+from retentive.models.counts import half_lives
 
 if TYPE_CHECKING:
     from retentive.eval.recall import RecallOptions
@@ -64,7 +64,7 @@ class Report:
         chances: dict[str, float],
     ):
         self.options, self.chances = options, chances
-        self.config = config if isinstance(config, RetNetConfig) else None
+        self.half_lives = half_lives(config)
         self.answers: dict[str, list[list[Answer]]] = {}
         """By probe, sample and distance."""
 
@@ -90,8 +90,7 @@ class Report:
 
     def _half_lives(self) -> list[float | None]:
         """Of each head; None for one that never forgets."""
-        lives = [] if self.config is None else half_lives(self.config)
-        return [None if math.isinf(tokens) else tokens for tokens in lives]
+        return [None if math.isinf(tokens) else tokens for tokens in self.half_lives]
 
     def _probe(self, probe: str) -> dict[str, Any]:
         columns = {what: self.scores(probe, what) for what in Answer._fields}
@@ -107,7 +106,7 @@ class Report:
         title = f"recall over distance, {options.samples} texts of each probe"
         table = Table(title=title, title_justify="left")
         table.add_column("tokens\nbetween", justify="right")
-        if self.config is not None:
+        if self.half_lives:
             table.add_column("heads that hold half\n(slowest holds)", justify="right")
         for probe in self.answers:
             table.add_column(f"{probe}\nof candidates", justify="right")
@@ -118,24 +117,23 @@ class Report:
             for what in ("chosen", "greedy")
         ]
         for row, distance in enumerate(options.distances):
-            held = [] if self.config is None else [self._held(self.config, distance)]
+            held = [self._held(distance)] if self.half_lives else []
             table.add_row(f"{distance:,}", *held, *(column[row] for column in columns))
         out.print(table)
         chances = ", ".join(f"{probe} {self.chances[probe]:.3g}" for probe in self.answers)
         out.print(
             f"The share of right answers ± standard error. Chance among candidates: {chances}."
         )
-        if self.config is not None:
-            lives = ", ".join(f"{tokens:,.0f}" for tokens in half_lives(self.config))
+        if self.half_lives:
+            lives = ", ".join(f"{tokens:,.0f}" for tokens in self.half_lives)
             out.print(f"Half-lives of the heads, in tokens: {lives}.")
         out.print(f"all of it in {folder}")
 
-    @staticmethod
-    def _held(config: RetNetConfig, distance: int) -> str:
+    def _held(self, distance: int) -> str:
         """How many heads still hold half of what they read so long ago, and the slowest's part."""
-        beyond = sum(tokens >= distance for tokens in half_lives(config))
-        slowest = float(log_decay(config.num_heads, config.decay).max())
-        return f"{beyond} of {config.num_heads} ({math.exp(distance * slowest):.2g})"
+        beyond = sum(tokens >= distance for tokens in self.half_lives)
+        slowest = 0.5 ** (distance / max(self.half_lives))
+        return f"{beyond} of {len(self.half_lives)} ({slowest:.2g})"
 
     def draw(self, folder: Path) -> None:
         """As recall.png and .svg: a line a probe, its chance dashed."""
@@ -155,7 +153,7 @@ class Report:
                 label=probe,
             )
             axes.axhline(self.chances[probe], color=color, linestyle="--", linewidth=1)
-        by_distance([axes], "tokens between", self.config)
+        by_distance([axes], "tokens between", self.half_lives)
         axes.set_ylabel("right among the candidates (dashed: chance)")
         axes.set_ylim(-0.03, 1.03)
         axes.legend(frameon=False)

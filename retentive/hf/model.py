@@ -27,11 +27,12 @@ from retentive.hf.config import (
     RetentiveTransformerConfig,
 )
 from retentive.hf.tokenizer import end_of_text
-from retentive.layers.layout import Constant, Layout
+from retentive.layers.layout import Layout
 from retentive.layers.loss import IGNORED
+from retentive.layers.rotation import Constant
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
-from retentive.models.state import RetNetState
+from retentive.models.state import ModelState
 from retentive.models.transformer import Transformer
 
 _ASSISTED = GenerationMode.ASSISTED_GENERATION
@@ -171,8 +172,8 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         return rest, rest_real
 
     def _read(
-        self, tokens: Tensor, real: Tensor | None, state: RetNetState | None
-    ) -> RetNetState | None:
+        self, tokens: Tensor, real: Tensor | None, state: ModelState | None
+    ) -> ModelState | None:
         if _only_pads(real):
             return state
         layout = self.retentive.layout(tokens, state, real)

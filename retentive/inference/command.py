@@ -22,7 +22,6 @@ from retentive.errors import InputError
 from retentive.inference.sampling import Sampling
 from retentive.inference.session import Piece, Session
 from retentive.models.checkpoint import load
-from retentive.models.retnet import RetNet
 
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")
 
@@ -156,9 +155,9 @@ def _write(session: Session, prompts: Sequence[str], options: Options) -> int:
 
 
 def _choose_threads(session: Session, tokens: int) -> None:
-    model, rows = session.model, len(session.active)
-    if tokens and rows and isinstance(model, RetNet) and model.device.type == "cpu":
-        torch.set_num_threads(fastest_threads(model, rows))
+    rows = len(session.active)
+    if tokens and rows:
+        torch.set_num_threads(fastest_threads(session.model, rows))
 
 
 class Printer:

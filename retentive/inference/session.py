@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 
 from retentive.data.tokenizer import TextTokenizer
-from retentive.decoding import program
-from retentive.decoding.runner import Runner, runner
+from retentive.decoding import program_runner
+from retentive.decoding.recurrent import Runner
+from retentive.decoding.runner import runner
 from retentive.errors import InputError
 from retentive.inference.sampling import Sampler, Sampling
 from retentive.inference.text import TextStream
+from retentive.models.checkpoint import load_state
 from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
-from retentive.models.state import RetNetState, concat
+from retentive.models.state import ModelState, concat
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -69,7 +71,7 @@ class Session:
         self.rows: list[Row] = []
         self.active: list[int] = []  # the rows that have not stopped, in the order of their states
         self.whole = True  # False within a step, and after one that was broken off
-        self._stopped: dict[int, RetNetState] = {}
+        self._stopped: dict[int, ModelState] = {}
         self._runner: Runner
         self._sampler: Sampler
 
@@ -167,9 +169,7 @@ class Session:
         `sampling` overrides single options of those it was saved with; a new seed draws anew.
         Raises InputError for a file of another model or tokenizer, or one that is no session's.
         """
-        state, extra, tensors = RetNetState.load(
-            path, fingerprint=fingerprint(model), device=model.device
-        )
+        state, extra, tensors = load_state(path, model)
         if not {"sampling", "stop", "rows"} <= extra.keys():
             raise InputError(
                 f"{path} holds a state but no text; give a file that --save-state wrote"
@@ -232,7 +232,7 @@ class Session:
         self._runner = runner(self.model, self._runner.state.select(going))
         self.active = [self.active[place] for place in going]
 
-    def _all_states(self) -> RetNetState:
+    def _all_states(self) -> ModelState:
         """The states of all rows, in their order."""
         if not self._stopped:
             return self._runner.state
@@ -241,7 +241,7 @@ class Session:
         return together.select([order.index(row) for row in range(len(self.rows))])
 
 
-def read_tokens(model: LanguageModel, rows: Sequence[list[int]], state: RetNetState) -> RetNetState:
+def read_tokens(model: LanguageModel, rows: Sequence[list[int]], state: ModelState) -> ModelState:
     """The state after each row has read its tokens: ragged rows, at most SEGMENT tokens at once.
 
     A few tokens, as many in each row, are read by a program.
@@ -250,8 +250,8 @@ def read_tokens(model: LanguageModel, rows: Sequence[list[int]], state: RetNetSt
     while going := sum(len(tokens) > at for tokens in rows):
         width = max(1, SEGMENT // going)
         segments = [tokens[at : at + width] for tokens in rows]
-        if program.reads(model, segments):
-            state = program.read(model, segments, state)
+        if program_runner.reads(model, segments):
+            state = program_runner.read(model, segments, state)
         else:
             state = _read_ragged(model, segments, state)
         at += width
@@ -259,9 +259,7 @@ def read_tokens(model: LanguageModel, rows: Sequence[list[int]], state: RetNetSt
 
 
 @torch.inference_mode()
-def _read_ragged(
-    model: LanguageModel, rows: Sequence[list[int]], state: RetNetState
-) -> RetNetState:
+def _read_ragged(model: LanguageModel, rows: Sequence[list[int]], state: ModelState) -> ModelState:
     longest = max(map(len, rows))
     padded = [[*tokens, *[0] * (longest - len(tokens))] for tokens in rows]
     tokens = torch.tensor(padded, device=model.device)

@@ -1,72 +1,39 @@
-"""What a layer computes around retention, in plain torch or by fused kernels: `around` chooses.
+"""The elementwise work around retention, in plain torch or by one kernel each.
 
 The kernels run where those of retention do (`retentive.ops.backends`): with the backend "triton",
-and with "auto" on a GPU that has them. Shapes as in `layers`.
+and with "auto" on a GPU that has them.
+Shapes: B rows, T tokens, H heads, G key heads, K and V head dims.
 """
 
-from collections.abc import Callable
-from functools import partial
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from retentive.kernels.triton.available import unavailable
-from retentive.layers.layout import Angles, rotate
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "swish": F.silu,
-}
-
-Norm = Callable[[Tensor], Tensor]
-"""nn.LayerNorm, nn.RMSNorm, or what leaves x as it is."""
+from retentive.layers.activations import ACTIVATIONS
+from retentive.layers.parts import TensorFn, norm_parts
+from retentive.layers.rotation import Angles, rotate
 
 
-class Plain:
-    @staticmethod
-    def rotate(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-        """q `[B,T,H,K]` and k `[B,T,G,K]` turned by their positions."""
-        return rotate(q, angles.cos, angles.sin), rotate(k, angles.key_cos, angles.key_sin)
-
-    @staticmethod
-    def norm_gate(o: Tensor, gate: Tensor | None, norm: Norm, act: str) -> Tensor:
-        """act(gate) ⊙ norm(o) `[B,T,H·V]` for o `[B,T,H,V]` and gate `[B,T,H·V]`."""
-        normed = norm(o).flatten(-2)
-        return normed if gate is None else ACTIVATIONS[act](gate) * normed
+def fuses(backend: str, x: Tensor) -> bool:
+    """Whether a layer of this backend uses the kernels for activations like x."""
+    asked = backend == "triton" or (backend == "auto" and x.device.type == "cuda")
+    return asked and x.dtype.itemsize < 8 and not unavailable(x.device.type, x.device.index)
 
 
-class Fused:
-    """The same in a launch each, forward and backward."""
-
-    @staticmethod
-    def rotate(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+def rotate_qk(q: Tensor, k: Tensor, angles: Angles, backend: str) -> tuple[Tensor, Tensor]:
+    """q `[B,T,H,K]` and k `[B,T,G,K]` turned by their positions."""
+    if fuses(backend, q):
         from retentive.kernels.triton.rotation import rotate_qk
 
         return rotate_qk(q, k, *angles)
+    return rotate(q, angles.cos, angles.sin), rotate(k, angles.key_cos, angles.key_sin)
 
-    @staticmethod
-    def norm_gate(o: Tensor, gate: Tensor | None, norm: Norm, act: str) -> Tensor:
+
+def norm_gate(o: Tensor, gate: Tensor | None, norm: TensorFn, act: str, backend: str) -> Tensor:
+    """act(gate) ⊙ norm(o) `[B,T,H·V]` for o `[B,T,H,V]` and gate `[B,T,H·V]`."""
+    if fuses(backend, o):
         from retentive.kernels.triton.norm_gate import norm_gate
 
         kind, weight, bias, eps = norm_parts(norm)
         return norm_gate(o, gate, weight, bias, kind, act, eps)
-
-
-def around(backend: str, x: Tensor) -> type[Plain] | type[Fused]:
-    """What runs for a layer of this backend and its projections x."""
-    asked = backend == "triton" or (backend == "auto" and x.device.type == "cuda")
-    if not asked or x.dtype == torch.float64 or unavailable(x.device.type, x.device.index):
-        return Plain
-    return Fused
-
-
-def norm_parts(norm: Norm) -> tuple[str, Tensor | None, Tensor | None, float]:
-    """Kind, weight, bias and eps of a head's norm, or of what is in its place."""
-    if isinstance(norm, nn.LayerNorm):
-        return "layernorm", norm.weight, norm.bias, norm.eps
-    if isinstance(norm, nn.RMSNorm):
-        assert norm.eps is not None
-        return "rmsnorm", norm.weight, None, norm.eps
-    return "none", None, None, 0.0
+    normed = norm(o).flatten(-2)
+    return normed if gate is None else ACTIVATIONS[act](gate) * normed

@@ -5,109 +5,28 @@ Shapes: B rows, T tokens, N packed sequences, H heads, K the rotated head dim. A
 that no layer ever sees a pad.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from retentive.errors import InputError
-from retentive.ops.decay import row_scale
+from retentive.layers.rotation import Angles, Rotation
+
+AnglesByKey = Mapping[Hashable, Angles]
+"""By `Rotation.key`."""
+MakeAngles = Callable[[Tensor], AnglesByKey]
+"""The angles of all layers at positions `[B|1,T]`."""
 
 
-class Constant(nn.Module):
-    """A float64 vector on the device of its module's parameters, and otherwise fixed.
-
-    It is no buffer: `.to(dtype)`, `to_empty` and checkpoints leave its values alone.
-    """
-
-    def __init__(self, value: Tensor):
-        super().__init__()
-        self.value = value
-        self._follow(torch.empty(0).device)  # where a parameter made now would be
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        self._follow(fn(torch.empty(0, device=self.value.device)).device)
-        return super()._apply(fn, recurse)
-
-    def _follow(self, device: torch.device) -> None:
-        if device.type not in ("meta", "mps"):  # one has no values, the other no float64
-            self.value = self.value.to(device)
-
-    def on(self, device: torch.device) -> Tensor:
-        """The vector on `device`; in float32 where there is no float64."""
-        value = self.value.float() if device.type == "mps" else self.value
-        return value.to(device)
-
-
-class Angles(NamedTuple):
-    """What `rotate` takes, for queries and for keys: `[B|1,T,1|H,K]`."""
-
-    cos: Tensor
-    sin: Tensor
-    key_cos: Tensor
-    key_sin: Tensor
-
-
-def exponents(rule: str, pairs: int, heads: int = 1) -> Tensor:
-    """e of θ = base^(-e), float64 `[1|heads,pairs]`, by a rule of `RetNetConfig.rotation`."""
-    if rule != "rope-across-heads":
-        heads = 1  # stands for all
-    p = torch.arange(heads * pairs, dtype=torch.float64, device="cpu").view(heads, pairs)
-    return p / max(pairs - 1, 1) if rule == "official" else p / (heads * pairs)
-
-
-class Rotation(nn.Module):
-    """Turns the pair (p, p + K/2) of each head at position n by the angle n·θ_p.
-
-    `rule` and `base`: see `exponents`. With a `rotary_dim` only that many dims turn, the pairs
-    p < rotary_dim/2. Factors that belong to a position ride on the cosines and sines: `key_scale`
-    for keys, and for queries, if `scale_by` gives log γ `[H]`, the row scale. All of it is computed
-    in float64 from integer positions, then cast: in float32 an angle is off by 0.05 at position
-    10^6.
-    """
-
-    def __init__(
-        self,
-        head_dim: int,
-        rule: str,
-        base: float,
-        key_scale: float = 1.0,
-        scale_by: Tensor | None = None,
-        *,
-        rotary_dim: int | None = None,
-        heads: int = 1,
-    ):
-        super().__init__()
-        pairs = (rotary_dim or head_dim) // 2
-        theta = base ** -exponents(rule, pairs, heads)
-        self.frequencies = Constant(F.pad(theta, (0, head_dim // 2 - pairs)))
-        self.key_scale = key_scale
-        self.scale_by = None if scale_by is None else Constant(scale_by)
-
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        """For int64 positions `[B|1,T]`; `dtype` is float64 for a float64 model, else float32."""
-        frequencies = self.frequencies.value
-        exact = positions.to(frequencies.device)
-        angles = exact[..., None, None] * frequencies
-        cos, sin = (x.to(dtype).to(positions.device) for x in (angles.cos(), angles.sin()))
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        keys = cos * self.key_scale, sin * self.key_scale
-        if self.scale_by is not None:
-            scale = row_scale(self.scale_by.value, exact).to(dtype).to(positions.device)
-            cos, sin = cos * scale.unsqueeze(-1), sin * scale.unsqueeze(-1)
-        return Angles(cos, sin, *keys)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of each head of x `[B,T,H,K]`.
-
-    The signs are in `sin`. Computed in the dtype of the angles, then cast back to that of x.
-    """
-    exact = x.to(cos.dtype)
-    return (exact * cos).addcmul_(exact.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+def angles_of(
+    rotations: Iterable[Rotation], positions: Tensor, dtype: torch.dtype
+) -> dict[Hashable, Angles]:
+    """The angles of each rotation at int64 `positions` `[B|1,T]`, in `dtype`."""
+    return {rotation.key: rotation(positions, dtype) for rotation in rotations}
 
 
 @dataclass(frozen=True)
@@ -115,17 +34,18 @@ class Layout:
     """Where each token stands, and which sequence goes with which row of the state.
 
     positions       int64 `[B|1,T]`, of each token in its own sequence
-    angles          of the model's rotation; `attention` is that of a hybrid's attention layers
+    by_rotation     the angles of each rotation of the model's layers; see `angles`
     next_positions  int64 `[B]`, where each row of the state stands after this call
     cu_seqlens      packed: the bounds of the sequences, int64 `[N+1]` on the CPU
     first, last     packed rows: for each row of the state the sequence it enters and the one it
                     leaves by, int64 `[B]`; None where each sequence is a row
     real            padding: for each packed token its place among the B·T padded ones
     keeps_state     False where nobody wants the final state
+    active          decoding in slots: the rows that hold a sequence, bool `[B]`; None for all
     """
 
     positions: Tensor
-    angles: Angles
+    by_rotation: AnglesByKey
     next_positions: Tensor
     cu_seqlens: Tensor | None = None
     first: Tensor | None = None
@@ -133,7 +53,11 @@ class Layout:
     real: Tensor | None = None
     padded_shape: tuple[int, int] = (0, 0)
     keeps_state: bool = True
-    attention: Angles | None = None
+    active: Tensor | None = None
+
+    def angles(self, rotation: Rotation) -> Angles:
+        """Those of a layer's rotation at `positions`, made once for all layers that share it."""
+        return self.by_rotation[rotation.key]
 
     @property
     def rows(self) -> int:
@@ -152,32 +76,34 @@ class Layout:
         padded = x.new_zeros(rows * length, *x.shape[2:]).index_copy(0, self.real, x[0])
         return padded.unflatten(0, (rows, length))
 
-    def enter(self, state: Tensor | None, initial: Tensor | None = None) -> Tensor | None:
+    def sequence_states(
+        self, row_states: Tensor | None, initial: Tensor | None = None
+    ) -> Tensor | None:
         """The states of the rows `[B,...]` -> the initial states of the sequences `[N,...]`.
 
-        `initial` `[...]` is what sequences begin with that no row enters; None is zeros.
+        `initial` `[...]` is the state that all other sequences begin with; None is zeros.
         """
-        if initial is not None:
-            initial = initial.to(self.angles.cos.dtype)
-        if state is None:
+        if row_states is None:
             return None if initial is None else self._repeat(initial)
         if self.first is None:
-            return state
+            return row_states
         if initial is None:
-            initial = state.new_zeros(state.shape[1:])
-        return self._repeat(initial).index_copy(0, self.first, state)
+            initial = row_states.new_zeros(row_states.shape[1:])
+        return self._repeat(initial.to(row_states.dtype)).index_copy(0, self.first, row_states)
 
     def _repeat(self, initial: Tensor) -> Tensor:
-        """For each sequence the same state, `[N,...]`, which is in memory once."""
+        """The same state for each sequence, `[N,...]`, which is in memory once."""
         count = self.rows if self.cu_seqlens is None else len(self.cu_seqlens) - 1
         return initial.expand(count, *initial.shape)
 
-    def leave(self, final: Tensor) -> Tensor:
+    def row_states(self, sequence_states: Tensor) -> Tensor:
         """The final states of the sequences `[N,...]` -> the states of the rows `[B,...]`."""
-        return final if self.last is None else final.index_select(0, self.last)
+        return sequence_states if self.last is None else sequence_states.index_select(0, self.last)
 
-
-MakeAngles = Callable[[Tensor], Angles]
+    def pieces(self) -> list[tuple[int, int]]:
+        """Packed: the first token of each sequence and the one behind its last."""
+        assert self.cu_seqlens is not None
+        return list(pairwise(self.cu_seqlens.tolist()))
 
 
 def dense(

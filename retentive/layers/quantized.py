@@ -12,7 +12,7 @@ How the numbers are found is in `retentive.compress`. Legend: M rows of activati
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retentive.errors import InputError
-from retentive.models.config import Quantization
+from retentive.fields import check_types
 
 Kernel = Callable[[Tensor], Tensor]  # [M,K] -> [M,N] of some dtype
 
@@ -29,6 +29,27 @@ FEW_ROWS = 8  # that oneDNN chooses its layout for
 MANY_ROWS = 32  # from where on to unpack a weight costs little beside the product
 _TINY = 1e-30
 TILE = 64  # torch's kernels take rows and columns of a weight in tiles; some do not check the ends
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of linear layers are stored (`retentive.layers.quantized`).
+
+    bits         16 (bfloat16), 8, a scale a row, or 4, a scale and an offset for `group_size`
+                 columns of a row; of embedding and head never fewer than 8
+    source       the fingerprint of the model that was quantised
+    """
+
+    bits: int
+    source: str
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.bits not in (16, 8, 4):
+            raise InputError(f"quantization bits are {self.bits}; this package knows 16, 8 and 4")
+        if self.group_size not in (32, 64, 128):
+            raise InputError(f"quantization group_size is {self.group_size}; it is 32, 64 or 128")
 
 
 class QuantizedLinear(nn.Module):

@@ -5,63 +5,132 @@ Shapes: B rows, T tokens, S keys, D width, H query heads, G key-value heads, d h
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import init
 
-from retentive.layers.layout import Layout, rotate
+from retentive.fields import check_divisible, check_even, check_positive
+from retentive.layers.layout import Layout
 from retentive.layers.linear import Linear
+from retentive.layers.parts import deepnet_gain, reset_vectors
+from retentive.layers.rotation import Rotation, rotate
+from retentive.mixers.base import Mixer, MixerConfig
 from retentive.mixers.kv_cache import KVCache, Pair
-from retentive.mixers.retention import FeedForward, deepnet_gain, norm, reset_vectors
 from retentive.mixers.window import WindowCache
-from retentive.models.block import JOINS, Block
-from retentive.models.config import ModelConfig
-from retentive.models.nested import AttentionConfig
-from retentive.models.state import LayerState
 
 QUERIES_AT_ONCE = 256  # of a window narrower than that
 
 
-class Attention(nn.Module):
+@dataclass(frozen=True)
+class AttentionConfig(MixerConfig):
+    """Softmax attention with rotary positions, heads of width/num_heads.
+
+    num_kv_heads   fewer than num_heads: groups of consecutive heads share keys and values
+    qkv_bias       of q, k and v; o has none
+    window         how many tokens a token sees, itself among them; None for all before it
+    rope_theta     the base of the rotation's frequencies
+    """
+
+    kind: ClassVar[str] = "attention"
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    qkv_bias: bool = False
+    window: int | None = None
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (
+            ("num_heads", self.num_heads),
+            ("num_kv_heads", self.kv_heads),
+            ("window", 1 if self.window is None else self.window),
+            ("rope_theta", self.rope_theta),
+        ):
+            check_positive(f"attention {name}", value)
+        check_divisible(
+            "attention num_heads", self.num_heads, self.kv_heads, "attention num_kv_heads"
+        )
+
+    def for_width(self, hidden_size: int) -> Self:
+        """Itself, once the heads are known to divide the width into even dims."""
+        check_divisible("hidden_size", hidden_size, self.num_heads, "attention num_heads")
+        check_even("hidden_size", hidden_size, self.num_heads)
+        return self
+
+    @classmethod
+    def default(cls, hidden_size: int) -> Self:
+        """Heads of 128 dims from a width of 2048 on, else 64, where these divide it."""
+        preferred = (128, 64) if hidden_size >= 2048 else (64, 128)
+        dims = (*preferred, *range(66, 128, 2), hidden_size)
+        return cls(hidden_size // next(dim for dim in dims if hidden_size % dim == 0))
+
+    @property
+    def kv_heads(self) -> int:
+        """`num_kv_heads`, by default `num_heads`."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+class Attention(Mixer):
     """Causal attention, `F.scaled_dot_product_attention` underneath."""
 
+    name = "attention"
+    Config = AttentionConfig
+    rewrites_state = False
+    rotation: Rotation
+
     def __init__(self, hidden_size: int, config: AttentionConfig):
-        super().__init__()
+        super().__init__(hidden_size, config)
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         self.head_dim = hidden_size // config.num_heads
-        self.num_kv_heads = config.kv_heads
         kv_dim = config.kv_heads * self.head_dim
+        self.rotation = Rotation(self.head_dim, "rope", config.rope_theta)
         self.sees: Full | Window = Full() if config.window is None else Window(config.window)
+        self.grows = config.window is None
         self.q_proj = Linear(hidden_size, hidden_size, config.qkv_bias)
         self.k_proj = Linear(hidden_size, kv_dim, config.qkv_bias)
         self.v_proj = Linear(hidden_size, kv_dim, config.qkv_bias)
         self.o_proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, cache: Any, layout: Layout) -> tuple[Tensor, Any]:
-        angles = layout.attention or layout.angles
+    def forward(self, x: Tensor, state: Any, layout: Layout) -> tuple[Tensor, Any]:
+        # Project to queries [B,T,H,d], keys and values [B,T,G,d], and turn them by their positions
+        angles = layout.angles(self.rotation)
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q = rotate(q, angles.cos, angles.sin)
         k = rotate(k, angles.key_cos, angles.key_sin)
+
+        # Attend, with heads before tokens: o [B,H,T,d]
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if layout.cu_seqlens is not None:
-            o, cache = _packed(self.sees, q, k, v, cache, layout)
-        elif cache is None:
+            o, state = _packed(self.sees, q, k, v, state, layout)
+        elif state is None:
             o = self.sees.attend(q, (k, v))
-            cache = self.sees.cache((k, v)) if layout.keeps_state else None
+            state = self.sees.cache((k, v)) if layout.keeps_state else None
         else:
-            o, cache = self.sees.go_on(q, (k, v), cache, layout)
-        return self.o_proj(o.transpose(1, 2).flatten(-2)), cache
+            o, state = self.sees.go_on(q, (k, v), state, layout)
+
+        # Re-assemble the heads and project back to the residual stream [B,T,D]
+        return self.o_proj(o.transpose(1, 2).flatten(-2)), state
+
+    def empty_state(self, rows: int, like: Tensor, capacity: int = 0) -> KVCache | WindowCache:
+        return self.sees.empty(rows, capacity, self.num_kv_heads, self.head_dim, like)
+
+    def restore_state(
+        self, tensors: dict[str, Tensor], lengths: list[int]
+    ) -> KVCache | WindowCache:
+        return self.sees.restore(tensors, lengths)
 
     def init_weights(
-        self, initialization: str, depth: int, generator: torch.Generator | None
+        self, initialization: str, depth: int, generator: torch.Generator | None = None
     ) -> None:
-        """As `MultiScaleRetention.init_weights`."""
+        """As `Retention.init_weights`."""
         reset_vectors(self)
         official = initialization == "official"
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
@@ -73,17 +142,45 @@ class Attention(nn.Module):
                 gain = deepnet_gain(depth) if written else 1.0
                 init.xavier_normal_(projection.weight, gain, generator)
 
+    # What reports ask
+
+    def state_bytes(self, context: int, dtype: torch.dtype) -> int:
+        held = self.sees.held(context)
+        return 2 * held * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+    def mixing_flops(self, context: float) -> float:
+        return attention_flops(self.num_heads, self.head_dim, self.sees.seen(context))
+
+    def describe(self) -> str:
+        window = "" if isinstance(self.sees, Full) else f", a window of {self.sees.size} tokens"
+        heads = f"{self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} of keys and values"
+        return f"attention, {heads}{window}"
+
+
+def attention_flops(heads: int, head_dim: int, context: float) -> float:
+    """Forward FLOPs of a token that looks at `context` tokens."""
+    return 4 * context * heads * head_dim
+
 
 class Full:
     """A token sees all tokens before it."""
-
-    kind = KVCache.kind
 
     def empty(self, rows: int, capacity: int, heads: int, head_dim: int, like: Tensor) -> KVCache:
         return KVCache.empty(rows, capacity, heads, head_dim, like)
 
     def cache(self, kv: Pair) -> KVCache:
         return KVCache.of(kv)
+
+    def restore(self, tensors: dict[str, Tensor], lengths: Sequence[int]) -> KVCache:
+        return KVCache.of((tensors["k"], tensors["v"]), lengths)
+
+    def held(self, context: int) -> int:
+        """Tokens in the cache behind `context` tokens."""
+        return context
+
+    def seen(self, context: float) -> float:
+        """Tokens that a token looks at."""
+        return context
 
     def attend(self, q: Tensor, kv: Pair) -> Tensor:
         """o `[B,H,T,d]` of queries that are the last T of the S tokens."""
@@ -101,8 +198,6 @@ class Full:
 class Window:
     """A token sees the last `size` tokens, itself among them."""
 
-    kind = WindowCache.kind
-
     def __init__(self, size: int):
         self.size = size
 
@@ -114,6 +209,15 @@ class Window:
     def cache(self, kv: Pair) -> WindowCache:
         rows, _, count, _ = kv[0].shape
         return WindowCache.of(kv, [count] * rows, self.size - 1)
+
+    def restore(self, tensors: dict[str, Tensor], lengths: Sequence[int]) -> WindowCache:
+        return WindowCache.of((tensors["k"], tensors["v"]), lengths, tensors["k"].shape[2])
+
+    def held(self, context: int) -> int:
+        return min(context, self.size - 1)
+
+    def seen(self, context: float) -> float:
+        return min(context, self.size)
 
     def attend(self, q: Tensor, kv: Pair) -> Tensor:
         return attend_window(q, kv, self.size)
@@ -188,7 +292,7 @@ def _packed(
 ) -> tuple[Tensor, Any]:
     """Sequence by sequence. A row's cache enters one and afterwards holds the one it leaves by."""
     assert layout.cu_seqlens is not None
-    pieces = list(pairwise(layout.cu_seqlens.tolist()))
+    pieces = layout.pieces()
     rows = range(layout.rows)
     first = list(rows) if layout.first is None else layout.first.tolist()
     last = list(rows) if layout.last is None else layout.last.tolist()
@@ -209,38 +313,4 @@ def _packed(
         cache = sees.empty(layout.rows, 0, k.shape[1], k.shape[3], k)
     left = torch.tensor([begin != end for begin, end in zip(first, last, strict=True)])
     mine = [pieces[sequence] for sequence in last]
-    return o, sees.append_packed(cache.reset(left), (k, v), mine)
-
-
-class AttentionBlock(Block):
-    """A layer of the baseline or of a hybrid."""
-
-    def __init__(self, config: ModelConfig, attention: AttentionConfig):
-        super().__init__()
-        self.attention_norm = norm(config)
-        self.attention = Attention(config.hidden_size, attention)
-        self.ffn_norm = norm(config)
-        self.ffn = FeedForward(config)
-        self.join = JOINS[config.block](config)
-
-    def forward(self, x: Tensor, state: Any, layout: Layout) -> tuple[Tensor, Any]:
-        return self.join(
-            x,
-            lambda h: self.attention(h, state, layout),
-            self.attention_norm,
-            self.ffn,
-            self.ffn_norm,
-        )
-
-    def init_weights(self, config: ModelConfig, generator: torch.Generator | None) -> None:
-        for part in (self.attention, self.ffn):
-            part.init_weights(config.initialization, config.num_hidden_layers, generator)
-
-    def empty_state(self, batch: int, capacity: int | None, like: Tensor) -> LayerState:
-        _, heads, head_dim = self.state_signature
-        return self.attention.sees.empty(batch, capacity or 0, heads, head_dim, like)
-
-    @property
-    def state_signature(self) -> tuple[Any, ...]:
-        attention = self.attention
-        return (attention.sees.kind, attention.num_kv_heads, attention.head_dim)
+    return o, sees.append_packed(cache.emptied(left), (k, v), mine)

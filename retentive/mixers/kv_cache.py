@@ -125,12 +125,14 @@ class KVCache:
         k, v = (held.index_select(0, rows) for held in self.kv)
         return self.of((k, v), [self.lengths[row] for row in rows.tolist()])
 
-    def reset(self, rows: Tensor) -> Self:
+    def emptied(self, rows: Tensor) -> Self:
+        """Nothing is held of the rows where `rows` (bool `[B]`) is True."""
         lengths = [0 if flag else n for flag, n in zip(rows.tolist(), self.lengths, strict=True)]
         return type(self)(self.buffers, tuple(lengths))
 
     def clone(self) -> Self:
-        return self.of(self._copies(self.buffers.capacity), self.lengths)
+        """Itself: a cache is never changed."""
+        return self
 
     def detach(self) -> Self:
         if not self.buffers.kv[0].requires_grad:
@@ -146,10 +148,6 @@ class KVCache:
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(zip("kv", self.kv, strict=True))
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], lengths: Sequence[int]) -> Self:
-        return cls.of((tensors["k"], tensors["v"]), lengths)
 
     @classmethod
     def concat(cls, states: Sequence[Self]) -> Self:

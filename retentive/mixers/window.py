@@ -67,13 +67,14 @@ class WindowCache:
         k, v = (x.index_select(0, rows) for x in self.kv)
         return type(self)((k, v), tuple(self.lengths[row] for row in rows.tolist()))
 
-    def reset(self, rows: Tensor) -> Self:
+    def emptied(self, rows: Tensor) -> Self:
+        """Nothing is held of the rows where `rows` (bool `[B]`) is True."""
         flags = zip(rows.tolist(), self.lengths, strict=True)
         return type(self)(self.kv, tuple(0 if flag else length for flag, length in flags))
 
     def clone(self) -> Self:
-        k, v = (x.clone() for x in self.kv)
-        return type(self)((k, v), self.lengths)
+        """Itself: a cache is never changed."""
+        return self
 
     def detach(self) -> Self:
         k, v = (x.detach() for x in self.kv)
@@ -85,11 +86,6 @@ class WindowCache:
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(zip("kv", self.kv, strict=True))
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], lengths: Sequence[int]) -> Self:
-        held = tensors["k"].shape[2]
-        return cls.of((tensors["k"], tensors["v"]), lengths, held)
 
     @classmethod
     def concat(cls, states: Sequence[Self]) -> Self:

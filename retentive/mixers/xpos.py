@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retentive.layers.layout import Constant
+from retentive.layers.rotation import Constant
 from retentive.ops import retention
 
 BASES = 4  # so many bases of tokens until n and m are counted anew: keys grow 150-fold

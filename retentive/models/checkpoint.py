@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,16 +10,16 @@ from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
 from retentive.io.atomic import write_text
 from retentive.io.tensors import read_tensors, write_tensors
-from retentive.models.config import ModelConfig, RetNetConfig, TransformerConfig, config_from_dict
+from retentive.models.build import empty_model
+from retentive.models.config import ModelConfig, config_from_dict
 from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
-from retentive.models.retnet import RetNet
-from retentive.models.transformer import Transformer
+from retentive.models.state import ModelState
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
-__all__ = ["fingerprint", "load", "load_config", "save_model"]
+__all__ = ["fingerprint", "load", "load_config", "load_state", "save_model"]
 
 
 def save_model(model: LanguageModel, folder: str | Path) -> None:
@@ -48,16 +49,19 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> 
     return model.requires_grad_(config.quantization is None).to(where).eval()
 
 
-def empty_model(config: ModelConfig) -> LanguageModel:
-    """On the meta device: shapes, and no values."""
-    with torch.device("meta"):
-        if isinstance(config, RetNetConfig):
-            return RetNet(config)
-        assert isinstance(config, TransformerConfig)
-        return Transformer(config)
+def load_state(
+    path: str | Path, model: LanguageModel
+) -> tuple[ModelState, dict[str, Any], dict[str, torch.Tensor]]:
+    """A saved state of `model`, on its device, and the `extra` and `tensors` saved with it.
+
+    Raises InputError where the file is missing or broken, or of another model or other weights.
+    """
+    restore = [block.mixer.restore_state for block in model.blocks]
+    state, extra, tensors = ModelState.load(path, fingerprint=fingerprint(model), restore=restore)
+    return state.to(model.device), extra, tensors
 
 
-def load_config(folder: str | Path) -> RetNetConfig | TransformerConfig:
+def load_config(folder: str | Path) -> ModelConfig:
     """The config in a model folder."""
     if not Path(folder).is_dir():
         raise InputError(f"no model folder {folder}; give one that holds {CONFIG} and {WEIGHTS}")

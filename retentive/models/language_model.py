@@ -1,11 +1,9 @@
-"""What RetNet and the Transformer share: all but the mixer of tokens and the kind of its state.
+"""A language model: embedding, blocks, norm, head. All kinds of models are one, by their config.
 
 Shapes: B rows, T tokens, D width; tokens `[B,T]`, hidden states `[B,T,D]`, logits `[B,T,vocab]`.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,44 +13,42 @@ from torch.utils.checkpoint import checkpoint
 
 from retentive.errors import InputError
 from retentive.layers import layout as layouts
-from retentive.layers.layout import Angles, Layout, Rotation
+from retentive.layers.layout import AnglesByKey, Layout, angles_of
 from retentive.layers.linear import Linear
 from retentive.layers.loss import cross_entropy, linear_cross_entropy
+from retentive.layers.parts import (
+    Recomputing,
+    Scaled,
+    dropout,
+    identity,
+    make_norm,
+    reset_vectors,
+)
 from retentive.layers.quantized import QuantizedEmbedding, QuantizedLinear, use_quantized_layers
-from retentive.mixers.retention import Recomputing, Scaled, dropout, norm, reset_vectors, unchanged
+from retentive.layers.rotation import Rotation
+from retentive.mixers.base import Mixer
 from retentive.models.block import Block
 from retentive.models.config import ModelConfig
-from retentive.models.state import RetNetState
+from retentive.models.state import ModelState, concat
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks, norm, head. Prefill, decoding and continuation are one and the same call.
+    """Prefill, decoding and continuation are one and the same call.
 
-    A model has its layers (`retentive.models.block`) and the rotation of its positions; a hybrid's
-    attention layers have one of their own.
-
-    Built under `torch.device("meta")` it has shapes only; elsewhere weights are initialised, too.
-    `checkpoint_layers`: in training keep the inputs of the blocks only and compute the rest again.
+    Built under `torch.device("meta")` it has shapes only; elsewhere weights are initialized, too.
+    `checkpoint_layers`: in training save the inputs of the blocks only and recompute the rest.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        blocks: Sequence[Block],
-        rotation: Rotation,
-        attention_rotation: Rotation | None = None,
-    ):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.rotation = rotation
-        self.attention_rotation = attention_rotation
         self.embed_tokens: nn.Embedding | QuantizedEmbedding
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_scale = unchanged if config.embed_scale == 1 else Scaled(config.embed_scale)
-        self.embed_norm = norm(config) if config.embed_norm else unchanged
-        self.dropout = dropout(config)
-        self.layers = nn.ModuleList(blocks)
-        self.norm = norm(config) if config.final_norm else unchanged
+        self.embed_scale = identity if config.embed_scale == 1 else Scaled(config.embed_scale)
+        self.embed_norm = self._make_norm(config.embed_norm)
+        self.dropout = dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
+        self.norm = self._make_norm(config.final_norm)
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, config.head_bias)
@@ -61,6 +57,11 @@ class LanguageModel(nn.Module):
         self.checkpoint_layers = False
         if self.device.type != "meta":
             self.init_weights()
+
+    def _make_norm(self, there: bool) -> Any:
+        config = self.config
+        kind = config.norm if there else "none"
+        return make_norm(kind, config.hidden_size, config.norm_eps)
 
     @property
     def checkpoint_layers(self) -> bool:
@@ -73,15 +74,23 @@ class LanguageModel(nn.Module):
             if isinstance(module, Recomputing):
                 module.recompute = not on
 
+    def set_kernels(
+        self, *, form: str = "auto", backend: str = "auto", chunk_size: int | None = None
+    ) -> Self:
+        """Choose how every retention layer is computed (see `retentive.ops.retention`)."""
+        for block in self.blocks:
+            block.mixer.set_kernels(form=form, backend=backend, chunk_size=chunk_size)
+        return self
+
     # Calls
 
     def forward(
         self,
         tokens: Tensor,
-        state: RetNetState | None = None,
+        state: ModelState | None = None,
         *,
         padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, RetNetState]:
+    ) -> tuple[Tensor, ModelState]:
         """Logits and the state after these tokens, going on from `state`, which is left as it is.
 
         padding_mask: bool `[B,T]`, True where a token is real. Logits and state of a row are those
@@ -93,18 +102,26 @@ class LanguageModel(nn.Module):
         return layout.pad(self.head(h)), after
 
     def hidden(
-        self, tokens: Tensor, state: RetNetState | None = None, *, layout: Layout | None = None
-    ) -> tuple[Tensor, RetNetState | None]:
+        self, tokens: Tensor, state: ModelState | None = None, *, layout: Layout | None = None
+    ) -> tuple[Tensor, ModelState | None]:
         """Normed hidden states and the state after; tokens may be embeddings `[B,T,D]`.
 
         With a layout (of `layout` or `packed_layout`) the tokens come in its form, `[1,total]`
-        where it is packed. There is no state after only if the layout says that nobody wants it.
+        where it is packed. The state is None iff `layout.keeps_state` is False.
         """
         if layout is None:
             layout = self.layout(tokens, state)
-        self._check_tokens(tokens)
-        self._check(tokens, state, layout)
+        else:
+            self._check_tokens(tokens)
+            self._check(tokens, layout)
+        if state is not None:
+            self._positions(state, layout.rows)
+            self.check_state(state)
+
+        # Embed the tokens: x [B,T,D]
         x = self.dropout(self.embed(tokens))
+
+        # Each block mixes the tokens along time, then transforms each of them
         after: list[Any] = []
         for index, block in enumerate(self.layers):
             before = None if state is None else state.layers[index]
@@ -113,8 +130,10 @@ class LanguageModel(nn.Module):
             else:
                 x, layer_state = block(x, before, layout)
             after.append(layer_state)
+
+        # Norm what the head reads
         h = self.norm(x)
-        return h, RetNetState(layout.next_positions, after) if layout.keeps_state else None
+        return h, ModelState(layout.next_positions, after) if layout.keeps_state else None
 
     def head(self, h: Tensor) -> Tensor:
         """Logits `[...,vocab]` of hidden states `[...,D]`."""
@@ -123,6 +142,19 @@ class LanguageModel(nn.Module):
         if isinstance(self.embed_tokens, QuantizedEmbedding):
             return self.embed_tokens.table(h)
         return F.linear(h, self.embed_tokens.weight)
+
+    def decode_step(
+        self, tokens: Tensor, state: ModelState, layout: Layout
+    ) -> tuple[Tensor, list[Any]]:
+        """Logits `[B,vocab]` after one more token a row, `[B]`, and the states of the layers.
+
+        States of fixed size are updated in place (`Mixer.step`); `state.positions` is the caller's.
+        """
+        x, after = self.embed(tokens), []
+        for block, before in zip(self.blocks, state.layers, strict=True):
+            x, layer_state = block.step(x, before, layout)
+            after.append(layer_state)
+        return self.head(self.norm(x)), after
 
     def loss(self, h: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross entropy in nats of `head(h)` against targets, -100 for none; "mean" or "sum".
@@ -138,57 +170,71 @@ class LanguageModel(nn.Module):
     # Layouts
 
     def layout(
-        self, tokens: Tensor, state: RetNetState | None = None, padding_mask: Tensor | None = None
+        self, tokens: Tensor, state: ModelState | None = None, padding_mask: Tensor | None = None
     ) -> Layout:
         """Of tokens `[B,T]` or embeddings `[B,T,D]`: dense, or packed where some are padding."""
         self._check_tokens(tokens)
         shape = (tokens.shape[0], tokens.shape[1])
         start = None if state is None else self._positions(state, shape[0])
         if padding_mask is None:
-            return self._for_attention(layouts.dense(self.angles, shape, start, tokens.device))
+            return layouts.dense(self.angles, shape, start, tokens.device)
         if padding_mask.shape != shape:
             raise InputError(
                 f"padding_mask is {list(padding_mask.shape)} for tokens {list(shape)};"
                 " give an entry for each token"
             )
-        return self._for_attention(layouts.padded(self.angles, padding_mask.bool(), start))
+        return layouts.padded(self.angles, padding_mask.bool(), start)
 
     def packed_layout(
-        self, cu_seqlens: Tensor, *, rows: int | None = None, state: RetNetState | None = None
+        self, cu_seqlens: Tensor, *, rows: int | None = None, state: ModelState | None = None
     ) -> Layout:
         """Of sequences packed as tokens `[1,total]`; see `retentive.layers.layout.packed`."""
         start = None
         if state is not None:
             start = self._positions(state, len(cu_seqlens) - 1 if rows is None else rows)
-        layout = layouts.packed(self.angles, cu_seqlens, rows, start, self.device)
-        return self._for_attention(layout)
+        return layouts.packed(self.angles, cu_seqlens, rows, start, self.device)
 
-    def _for_attention(self, layout: Layout) -> Layout:
-        """With the angles of a hybrid's attention layers."""
-        if self.attention_rotation is None:
-            return layout
-        return replace(
-            layout, attention=self.attention_rotation(layout.positions, self.exact_dtype)
-        )
+    def angles(self, positions: Tensor) -> AnglesByKey:
+        """Of every layer's rotation at int64 positions `[B|1,T]`, in the model's `exact_dtype`."""
+        return angles_of(self.rotations, positions, self.exact_dtype)
 
-    def angles(self, positions: Tensor) -> Angles:
-        """Of int64 positions `[B|1,T]`, in the model's `exact_dtype`."""
-        return self.rotation(positions, self.exact_dtype)
+    @property
+    def rotations(self) -> list[Rotation]:
+        """One for each distinct rotation of the layers."""
+        found = (block.mixer.rotation for block in self.blocks)
+        return list({rotation.key: rotation for rotation in found if rotation}.values())
 
     # State and weights
 
-    def init_state(self, batch: int, capacity: int | None = None) -> RetNetState:
-        """The state of rows that have read nothing, with room for `capacity` tokens if it grows."""
+    def init_state(self, batch: int, capacity: int | None = None) -> ModelState:
+        """The initial state of `batch` sequences: zeros, or the tuned initial state.
+
+        A state that grows has room for `capacity` tokens.
+        """
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         positions = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        return RetNetState(
-            positions, [block.empty_state(batch, capacity, like) for block in self.blocks]
-        )
+        layers = [block.mixer.empty_state(batch, like, capacity or 0) for block in self.blocks]
+        return ModelState(positions, layers)
+
+    def restart_rows(self, state: ModelState, rows: Tensor) -> ModelState:
+        """The state, with the initial one where `rows` (bool `[B]`, on the CPU) is True."""
+        index = torch.arange(state.batch_size).masked_fill(rows, state.batch_size)
+        return concat([state, self.init_state(1)]).select(index)
+
+    @property
+    def state_grows(self) -> bool:
+        """Whether the state grows with the sequence, as keys and values do."""
+        return any(block.mixer.grows for block in self.blocks)
 
     @property
     def blocks(self) -> list[Block]:
         """The layers, for type checkers."""
         return cast(list[Block], list(self.layers))
+
+    @property
+    def tunable(self) -> list[Mixer]:
+        """The mixers whose initial state can be tuned."""
+        return [block.mixer for block in self.blocks if block.mixer.tunable]
 
     def init_weights(self, seed: int | None = None) -> None:
         """Values for all parameters by `config.initialization`; a seed makes them reproducible."""
@@ -269,8 +315,8 @@ class LanguageModel(nn.Module):
                 f" or embeddings [B,T,{width}]"
             )
 
-    def _positions(self, state: RetNetState, rows: int) -> Tensor:
-        if not isinstance(state, RetNetState):
+    def _positions(self, state: ModelState, rows: int) -> Tensor:
+        if not isinstance(state, ModelState):
             raise InputError(f"the state is a {type(state).__name__}; give a RetNetState or None")
         if state.batch_size != rows:
             raise InputError(
@@ -279,20 +325,17 @@ class LanguageModel(nn.Module):
             )
         return state.positions
 
-    def _check(self, tokens: Tensor, state: RetNetState | None, layout: Layout) -> None:
+    def _check(self, tokens: Tensor, layout: Layout) -> None:
         rows, length = layout.positions.shape
         if tokens.shape[1] != length or rows not in (1, tokens.shape[0]):
             raise InputError(
                 f"tokens are {list(tokens.shape[:2])} for a layout of {[rows, length]};"
                 " bring them into its form first"
             )
-        if state is not None:
-            self._positions(state, layout.rows)
-            self.check_state(state)
 
-    def check_state(self, state: RetNetState) -> None:
+    def check_state(self, state: ModelState) -> None:
         """InputError for a state of a model with other layers."""
-        expected = [block.state_signature for block in self.blocks]
+        expected = [block.mixer.state_signature for block in self.blocks]
         if [layer.signature for layer in state.layers] != expected:
             raise InputError(
                 "the state is of another model; give one that this model made, or None"

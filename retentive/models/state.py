@@ -1,106 +1,36 @@
-"""What a model remembers of the tokens it has read: select, clone, save, load.
+"""The state of a model: select rows, clone, save, load.
 
-Shapes: B rows (one text each), T tokens, H heads, K and V head dims.
+Shapes: B rows, a sequence each.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from retentive.errors import InputError
 from retentive.io.tensors import read_tensors, write_tensors
-from retentive.mixers.kv_cache import KVCache
-from retentive.mixers.window import WindowCache
+from retentive.mixers.state import LayerState
 
 FORMAT = "retentive-state"
 
-
-class LayerState(Protocol):
-    """What one layer remembers. Nothing here changes the object it is called on."""
-
-    kind: ClassVar[str]
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """What must agree with a layer for the state to be of its kind: the kind and the sizes."""
-        ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def select(self, rows: Tensor) -> Self: ...
-    def reset(self, rows: Tensor) -> Self: ...
-    def clone(self) -> Self: ...
-    def detach(self) -> Self: ...
-    def to(self, device: torch.device | str) -> Self: ...
-    def tensors(self) -> dict[str, Tensor]: ...
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], lengths: Sequence[int]) -> Self: ...
-    @classmethod
-    def concat(cls, states: Sequence[Self]) -> Self: ...
+Restore = Callable[[dict[str, Tensor], list[int]], LayerState]
+"""`Mixer.restore_state` of a layer."""
 
 
 @dataclass(frozen=True)
-class RetentionState:
-    """S = Σ_m γ^(n-m) k_mᵀ v_m, float32 (float64 for a float64 model) `[B,H,K,V]`."""
+class ModelState:
+    """The state of every layer. `forward` never changes one: keep it, branch from it.
 
-    S: Tensor
-    kind: ClassVar[str] = "retention"
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        return (self.kind, *self.S.shape[1:])
-
-    @property
-    def nbytes(self) -> int:
-        return self.S.nbytes
-
-    def select(self, rows: Tensor) -> Self:
-        return type(self)(self.S.index_select(0, rows))
-
-    def reset(self, rows: Tensor) -> Self:
-        return type(self)(self.S.masked_fill(rows[:, None, None, None], 0))
-
-    def clone(self) -> Self:
-        return type(self)(self.S.clone(memory_format=torch.contiguous_format))
-
-    def detach(self) -> Self:
-        return type(self)(self.S.detach())
-
-    def to(self, device: torch.device | str) -> Self:
-        return type(self)(self.S.to(device))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"S": self.S}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], lengths: Sequence[int]) -> Self:
-        return cls(tensors["S"])
-
-    @classmethod
-    def concat(cls, states: Sequence[Self]) -> Self:
-        return cls(torch.cat([state.S for state in states]))
-
-
-KINDS: dict[str, type[LayerState]] = {
-    kind.kind: kind for kind in (RetentionState, KVCache, WindowCache)
-}
-
-
-@dataclass(frozen=True)
-class RetNetState:
-    """What any of our models remembers. `forward` never changes one: keep it, branch from it.
-
-    positions: how many tokens each row has read, int64 `[B]`. layers: the state of each layer.
+    positions: how many tokens each row has read, int64 `[B]`. layers: the state of each mixer.
     """
 
     positions: Tensor
-    layers: list[Any]
+    layers: list[Any]  # LayerState
 
     @property
     def batch_size(self) -> int:
@@ -117,14 +47,8 @@ class RetNetState:
         layers = [layer.select(index) for layer in self.layers]
         return type(self)(self.positions.index_select(0, index), layers)
 
-    def reset(self, rows: Tensor) -> Self:
-        """Rows where `rows` (bool `[B]`) is True have read nothing: position 0, states of zeros."""
-        rows = rows.to(self.positions.device)
-        layers = [layer.reset(rows) for layer in self.layers]
-        return type(self)(self.positions.masked_fill(rows, 0), layers)
-
     def clone(self) -> Self:
-        """A copy that shares nothing: needed only before an update in place."""
+        """A state that may be updated in place; caches that never are stay shared."""
         return type(self)(self.positions.clone(), [layer.clone() for layer in self.layers])
 
     def detach(self) -> Self:
@@ -153,9 +77,9 @@ class RetNetState:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, fingerprint: str, device: torch.device | str = "cpu"
+        cls, path: str | Path, *, fingerprint: str, restore: Sequence[Restore]
     ) -> tuple[Self, dict[str, Any], dict[str, Tensor]]:
-        """The state, on `device`, and the `extra` and `tensors` saved with it.
+        """The state and the `extra` and `tensors` saved with it (`models.checkpoint.load_state`).
 
         Raises InputError where the file is missing, broken, or of another `fingerprint`.
         """
@@ -175,27 +99,27 @@ class RetNetState:
                 " use the model that wrote it"
             )
         extra = {k.removeprefix("extra."): v for k, v in held.items() if k.startswith("extra.")}
-        state = cls._from_tensors(held).to(device)
-        return state, json.loads(metadata["extra"]), extra
+        return cls._from_tensors(held, restore), json.loads(metadata["extra"]), extra
 
     @classmethod
-    def _from_tensors(cls, held: dict[str, Tensor]) -> Self:
-        by_layer: dict[int, tuple[str, dict[str, Tensor]]] = {}
+    def _from_tensors(cls, held: dict[str, Tensor], restore: Sequence[Restore]) -> Self:
+        by_layer: list[dict[str, Tensor]] = [{} for _ in restore]
         for key, tensor in held.items():
             if key.startswith("layers."):
-                _, index, kind, name = key.split(".")
-                by_layer.setdefault(int(index), (kind, {}))[1][name] = tensor
+                _, index, _, name = key.split(".", 3)
+                by_layer[int(index)][name] = tensor
         lengths = held["positions"].tolist()
-        layers = [
-            KINDS[kind].from_tensors(tensors, lengths)
-            for _, (kind, tensors) in sorted(by_layer.items())
-        ]
+        layers = [make(given, lengths) for make, given in zip(restore, by_layer, strict=True)]
         return cls(held["positions"], layers)
 
 
-def concat(states: Sequence[RetNetState]) -> RetNetState:
+def concat(states: Sequence[ModelState]) -> ModelState:
     """The rows of several states of one model as one batch."""
     layers = [
         type(parts[0]).concat(parts) for parts in zip(*(s.layers for s in states), strict=True)
     ]
-    return RetNetState(torch.cat([s.positions for s in states]), layers)
+    return ModelState(torch.cat([s.positions for s in states]), layers)
+
+
+RetNetState = ModelState
+"""The name of before other models had states."""

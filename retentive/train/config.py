@@ -8,29 +8,38 @@ import dataclasses
 import json
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from retentive.data.dataset import DataConfig
 from retentive.errors import InputError, nearest
+from retentive.layers.feed_forward import FeedForwardConfig
+from retentive.mixers import MIXERS
+from retentive.mixers.attention import AttentionConfig
+from retentive.mixers.retention import RetentionConfig
+from retentive.models.build import shapes
 from retentive.models.checkpoint import load_config as load_model_config
-from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.config import ModelConfig, RetNetConfig, config_class, named_size
+from retentive.models.flat import RETNET, put
+from retentive.models.matching import matching_transformer, of_kind
 
 Table = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """[model]: a named size and the fields of RetNetConfig that differ from it, or all the fields.
+    """[model]: a named size and the fields of `ModelConfig` that differ from it, or all the fields.
 
-    `kind = "transformer"` takes the baseline of the same width, depth and number of parameters.
+    [model.mixer] and [model.ffn] are its nested fields; the flat names of config.json are taken as
+    well. A `kind` other than "retnet" is a model of the same width, depth and number of parameters.
     """
 
     base: str | None = None
     """A model folder to go on from (fine-tuning), with its weights and its tokenizer."""
-    kind: Literal["retnet", "transformer"] = "retnet"
+    kind: str = "retnet"
+    """retnet, transformer, or a mixer by name: that of a model as large as the RetNet."""
     size: str | None = None
     num_kv_heads: int | None = None
     """Groups of heads that share keys and values; by default as many as heads."""
@@ -41,33 +50,52 @@ class ModelOptions:
             if given := [*self.fields, *_changed(self, ("kind", "size", "num_kv_heads"))]:
                 raise InputError(f"model.base is a whole model; leave out model.{given[0]}")
             return
-        required = {
-            f.name for f in dataclasses.fields(RetNetConfig) if f.default is dataclasses.MISSING
-        } - {"vocab_size"}
-        if self.size is None and (missing := sorted(required - set(self.fields))):
-            raise InputError(f"model has neither a size nor {', '.join(missing)}; give one of both")
+        if self.kind not in (kinds := ("retnet", "transformer", *MIXERS)):
+            near = nearest(self.kind, kinds)
+            raise InputError(f"model.kind is {self.kind!r}{near}; it is one of {', '.join(kinds)}")
+        if self.size is None:
+            nested = nest(self.fields)
+            missing = [name for name in ("hidden_size", "num_hidden_layers") if name not in nested]
+            if self._mixer_kind == "retention" and "num_heads" not in nested.get("mixer", {}):
+                missing.append("mixer.num_heads")
+            if missing:
+                raise InputError(
+                    f"model has neither a size nor {', '.join(missing)}; give one of both"
+                )
 
-    def build(self, vocab_size: int) -> RetNetConfig | TransformerConfig:
+    @property
+    def _mixer_kind(self) -> str:
+        return _kind_of(self.fields.get("mixer"), "retention")
+
+    def build(self, vocab_size: int) -> ModelConfig:
         """The model's config. `vocab_size` is the tokenizer's, for a table that names none."""
         if self.base is not None:
             return self._of_base(vocab_size)
-        fields = {"vocab_size": vocab_size, **self.fields}
-        if self.kind == "retnet":
-            fields["num_kv_heads"] = self.num_kv_heads
-        if fields["vocab_size"] < vocab_size:
+        config = self._written(vocab_size)
+        if config.vocab_size < vocab_size:
             raise InputError(
-                f"model.vocab_size is {fields['vocab_size']}, but the tokenizer has {vocab_size} "
+                f"model.vocab_size is {config.vocab_size}, but the tokenizer has {vocab_size} "
                 "entries; leave it out to take the tokenizer's"
             )
-        if self.size is None:
-            retnet = RetNetConfig(**fields)
-        else:
-            retnet = RetNetConfig.named(self.size, **fields)
         if self.kind == "retnet":
-            return retnet
-        return TransformerConfig.matching(retnet, num_kv_heads=self.num_kv_heads)
+            return config
+        if self.kind == "transformer":
+            return matching_transformer(config, self.num_kv_heads)
+        return of_kind(config, self.kind)
 
-    def _of_base(self, vocab_size: int) -> RetNetConfig | TransformerConfig:
+    def _written(self, vocab_size: int) -> ModelConfig:
+        """The model that size and fields say."""
+        other = _kind_of(self.fields.get("other_mixer"), None)
+        cls = config_class(self._mixer_kind, other)
+        sizes = {} if self.size is None else dict(named_size(self.size))
+        if cls is not RetNetConfig:
+            sizes.pop("num_heads", None)  # of retention
+        fields = {"vocab_size": vocab_size, **sizes, **self.fields}
+        if self.kind == "retnet" and self.num_kv_heads is not None:
+            fields["num_kv_heads"] = self.num_kv_heads
+        return cls.from_dict(nest(fields))
+
+    def _of_base(self, vocab_size: int) -> ModelConfig:
         config = load_model_config(self.base_folder)
         if config.quantization is not None:
             raise InputError(
@@ -85,6 +113,18 @@ class ModelOptions:
     def base_folder(self) -> Path:
         assert self.base is not None
         return Path(self.base).expanduser()
+
+
+def nest(fields: Mapping[str, Any]) -> Table:
+    """Flat names of config.json as the nested fields that they are; a later one counts."""
+    nested: Table = {}
+    for name, value in fields.items():
+        put(nested, RETNET.get(name, name), value)
+    return nested
+
+
+def _kind_of(given: Any, default: Any) -> Any:
+    return given.get("kind", default) if isinstance(given, Mapping) else default
 
 
 @dataclass(frozen=True)
@@ -208,12 +248,6 @@ def _at_least(key: str, value: float, least: float) -> None:
         raise InputError(f"{key} is {value}; it must be at least {least}")
 
 
-def _state_grows(model: RetNetConfig | TransformerConfig) -> bool:
-    if isinstance(model, TransformerConfig):
-        return True
-    return model.attention is not None and model.attention.window is None
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that makes a run: the same RunConfig gives the same weights on a machine."""
@@ -226,9 +260,8 @@ class RunConfig:
 
     def __post_init__(self):
         # A mistake in [model] shows before the corpus is read.
-        model = self.model.build(vocab_size=1)
-        is_retnet = isinstance(model, RetNetConfig)
-        if self.train.carry_state and _state_grows(model):
+        model = shapes(self.model.build(vocab_size=1))
+        if self.train.carry_state and model.state_grows:
             raise InputError(
                 "train.carry_state needs a state of fixed size, and that of attention without a "
                 "window grows; leave it out, or take a RetNet whose attention layers have a window"
@@ -243,10 +276,10 @@ class RunConfig:
                 f"adapter.kind is {self.adapter.kind}, but there is no model to adapt; give its "
                 "folder as model.base"
             )
-        if self.adapter.kind == "state" and not is_retnet:
+        if self.adapter.kind == "state" and not model.tunable:
             raise InputError(
-                f"state tuning needs retention, and the model in {self.model.base} is a "
-                'Transformer; take adapter.kind = "lora"'
+                f"state tuning needs retention, and the model in {self.model.base} has none;"
+                ' take adapter.kind = "lora"'
             )
 
     @classmethod
@@ -256,13 +289,13 @@ class RunConfig:
             _options(section)
             if not isinstance(given, Mapping):
                 raise InputError(f"{section} is {given!r}; it must be a table, [{section}]")
-            for name, value in given.items():
+            for name, value in _leaves(section, given):
                 key = f"{section}.{name}"
                 _check_type(key, option(key).type, value)
         sections = {s: _tuples(given) for s, given in table.items()}
         if base := sections.get("model", {}).get("base"):
             sections["data"] = {"tokenizer": base, **sections.get("data", {})}
-        sections["model"] = _nest_model_fields(sections.get("model", {}))
+        sections["model"] = _split_model(sections.get("model", {}))
         return cls(**{s: _SECTIONS[s](**given) for s, given in sections.items()})
 
     def to_table(self) -> Table:
@@ -296,12 +329,14 @@ def load_config(
         raise InputError(f"{path} is a folder; give the TOML file of a run") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
+    if isinstance(model := table.get("model"), dict):
+        table["model"] = _nest_model(model)
     for key, words in (overrides or {}).items():
         section, name = key.split(".", 1)
         value = _from_words(key, option(key).type, words)
         given = table.setdefault(section, {})
         if isinstance(given, dict):  # what is no table is named with all other mistakes
-            given[name] = value
+            put(given, _path(section, name), value)
     return RunConfig.from_table(table)
 
 
@@ -315,7 +350,9 @@ class Option(NamedTuple):
 def option(key: str) -> Option:
     """A dotted key such as "optimizer.lr". InputError, with the nearest key, for an unknown one."""
     section, name = key.split(".", 1)
-    known = _options(section)
+    known, name = _options(section), _path(section, name)
+    if section == "model" and name.split(".")[0] in ("mixer", "other_mixer"):
+        return known.get(name, Option(Any, None))  # of another kind of mixer, which checks it
     if name not in known:
         elsewhere = [other for other in options() if other.endswith(f".{name}")]
         near = nearest(elsewhere[0] if elsewhere else key, options())
@@ -331,16 +368,42 @@ def options() -> dict[str, Option]:
 
 
 def _options(section: str) -> dict[str, Option]:
-    """The keys of a table; those of [model] are RetNetConfig's as well."""
+    """The keys of a table; those of [model] are the fields of a RetNet's config as well."""
     if section not in _SECTIONS:
         near = nearest(section, _SECTIONS)
         raise InputError(f"unknown table {section!r}{near}; there are {', '.join(_SECTIONS)}")
-    found = {}
-    for cls in (ModelOptions, RetNetConfig) if section == "model" else (_SECTIONS[section],):
-        hints = get_type_hints(cls)
-        found |= {f.name: Option(hints[f.name], f.default) for f in dataclasses.fields(cls)}
-    found.pop("fields", None)
+    found = _fields(_SECTIONS[section])
+    if section == "model":
+        found.pop("fields")
+        found |= _fields(RetNetConfig)
+        for name, cls in _NESTED.items():
+            del found[name]
+            found |= {f"{name}.{key}": o for key, o in _fields(cls).items()}
     return found
+
+
+_NESTED = {"mixer": RetentionConfig, "ffn": FeedForwardConfig, "other_mixer": AttentionConfig}
+
+
+def _fields(cls: Any) -> dict[str, Option]:
+    hints = get_type_hints(cls)
+    return {f.name: Option(hints[f.name], f.default) for f in dataclasses.fields(cls)}
+
+
+def _path(section: str, name: str) -> str:
+    """Where the key is in its table: "mixer.decay" for decay, its flat name in [model]."""
+    own = section != "model" or name in _fields(ModelOptions)
+    return name if own else RETNET.get(name, name)
+
+
+def _leaves(section: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys and values of a table, those of [model.mixer] as "mixer.KEY"."""
+    for name, value in given.items():
+        path = _path(section, name)
+        if section == "model" and path in _NESTED and isinstance(value, Mapping):
+            yield from ((f"{path}.{key}", one) for key, one in value.items())
+        else:
+            yield path, value
 
 
 _SHOULD_BE = "Input should be "  # how pydantic begins most of its messages
@@ -378,8 +441,18 @@ def _tuples(given: Mapping[str, Any]) -> Table:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
-def _nest_model_fields(given: Table) -> Table:
-    own = {f.name for f in dataclasses.fields(ModelOptions)}
-    return {k: v for k, v in given.items() if k in own} | {
-        "fields": {k: v for k, v in given.items() if k not in own}
+def _nest_model(given: Table) -> Table:
+    """[model] with all its fields nested."""
+    own = _fields(ModelOptions)
+    return {k: v for k, v in given.items() if k in own} | nest(
+        {k: v for k, v in given.items() if k not in own}
+    )
+
+
+def _split_model(given: Table) -> Table:
+    """The arguments of `ModelOptions`."""
+    own = _fields(ModelOptions)
+    nested = _nest_model(given)
+    return {k: v for k, v in nested.items() if k in own} | {
+        "fields": {k: v for k, v in nested.items() if k not in own}
     }

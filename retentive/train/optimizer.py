@@ -5,19 +5,25 @@ import math
 import torch
 from torch import Tensor, nn
 
+from retentive.models.language_model import LanguageModel
 from retentive.train.config import OptimizerConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups of what is trained: matrices decay; norms, biases and states do not."""
+def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict]:
+    """Two groups of what is trained: matrices decay; norms, biases and states do not, nor do the
+    matrices that a mixer names (`Mixer.undecayed`).
+    """
+    spared = {id(p) for block in model.blocks for p in block.mixer.undecayed()}
     trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim == 2 and id(p) not in spared]
+    there = {id(p) for p in decayed}
     return [
-        {"params": [p for p in trained if p.ndim == 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in there], "weight_decay": 0.0},
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW:
     groups = parameter_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

@@ -15,13 +15,11 @@ from retentive.data.dataset import Corpus
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
 from retentive.io.tensors import read_tensors, write_tensors
-from retentive.models.checkpoint import load, save_model
-from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.build import build_model
+from retentive.models.checkpoint import load, load_state, save_model
 from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
-from retentive.models.retnet import RetNet
-from retentive.models.state import RetNetState, concat
-from retentive.models.transformer import Transformer
+from retentive.models.state import ModelState, concat
 from retentive.train.config import RunConfig
 from retentive.train.optimizer import (
     build_optimizer,
@@ -79,7 +77,7 @@ class Trainer:
             model = load(config.base_folder, device=str(self.device), dtype=exact)
         else:
             with self.device:
-                model = new_model(config.build(vocab_size)).to(resolve_dtype(exact))
+                model = build_model(config.build(vocab_size)).to(resolve_dtype(exact))
         if adapts:
             self.adapter = self._adapt(model)
             if checkpoint is not None:
@@ -144,11 +142,11 @@ class Trainer:
             self.state = concat(left).detach()
         return torch.stack(losses).sum().item() / tokens
 
-    def _enter(self, batch: Batch, rows: Tensor) -> RetNetState | None:
+    def _enter(self, batch: Batch, rows: Tensor) -> ModelState | None:
         """The carried state of some rows; afresh where a row does not continue its document."""
         if self.state is None:
             return None
-        return begun_anew(self.model, self.state.select(rows), ~batch.continues[rows])
+        return self.model.restart_rows(self.state.select(rows), ~batch.continues[rows])
 
     def save(self, folder: Path) -> None:
         """Writes the model, or its adapter, and all else that the next update depends on."""
@@ -166,9 +164,7 @@ class Trainer:
         take_random_states(tensors, self.device)
         restore_optimizer(self.model, self.optimizer, tensors)
         if self.state is not None:
-            self.state, _, _ = RetNetState.load(
-                folder / CARRIED, fingerprint=fingerprint(self.model), device=self.device
-            )
+            self.state, _, _ = load_state(folder / CARRIED, self.model)
 
 
 @contextlib.contextmanager
@@ -184,25 +180,15 @@ def enough_memory(what: str, device: torch.device, remedy: str) -> Iterator[None
         raise
 
 
-def new_model(config: RetNetConfig | TransformerConfig) -> LanguageModel:
-    return RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
-
-
 def batch_loss(
-    model: LanguageModel, batch: Batch, state: RetNetState | None
-) -> tuple[Tensor, RetNetState | None]:
+    model: LanguageModel, batch: Batch, state: ModelState | None
+) -> tuple[Tensor, ModelState | None]:
     """The loss summed over a batch's tokens, and the state of its rows if they came with one."""
     rows = None if state is None else len(batch.tokens)
     layout = model.packed_layout(batch.cu_seqlens, rows=rows, state=state)
     tokens, targets = (x.to(model.device).view(1, -1) for x in (batch.tokens, batch.targets))
     hidden, state = model.hidden(tokens, state, layout=layout)
     return model.loss(hidden, targets, reduction="sum"), state
-
-
-def begun_anew(model: LanguageModel, state: RetNetState, rows: Tensor) -> RetNetState:
-    """The state, but where `rows` (bool `[B]`, on the CPU) is True that of a text's beginning."""
-    index = torch.arange(state.batch_size).masked_fill(rows, state.batch_size)
-    return concat([state, model.init_state(1)]).select(index)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -7,8 +7,7 @@ import torch
 from retentive.data.batches import NO_TARGET, BatchOrder
 from retentive.data.dataset import Corpus
 from retentive.models.language_model import LanguageModel
-from retentive.models.retnet import RetNet
-from retentive.train.trainer import autocast, batch_loss, begun_anew
+from retentive.train.trainer import autocast, batch_loss
 
 
 @torch.no_grad()
@@ -24,15 +23,16 @@ def validate(
 ) -> tuple[float, float]:
     """Nats a token and bits per byte over the held-out text, or about `max_tokens` of it.
 
-    A RetNet reads on from row to row with its state carried; the documents that lie across two of
-    the `batch_size` lanes (at most one a bound) are cut there, and their rest is read as if a text
-    began. A Transformer reads rows as it was trained on them, and so does a RetNet without `carry`:
-    to compare the two. The same tokens come in the same order every time, each once.
+    A model whose state has a fixed size carries it from row to row; documents that lie across two
+    of the `batch_size` lanes (at most one a bound) are cut there, and their rest is read as a
+    document of its own. One whose state grows (a Transformer) reads rows as it was trained on them,
+    and so does any without `carry`: to compare the two. The same tokens come in the same order
+    every time, each once.
     """
     split = corpus.valid
     seq_len = min(seq_len, split.num_tokens)
     rows = min(batch_size, split.num_tokens // seq_len)
-    carries = carry and isinstance(model, RetNet)
+    carries = carry and not model.state_grows
     order = BatchOrder(split, rows, seq_len, seed=0, carry=carries)
     state = model.init_state(rows) if carries else None
     token_bytes = torch.from_numpy(corpus.token_bytes)
@@ -44,7 +44,7 @@ def validate(
         rows_left = round((order.steps_per_epoch - step) * rows)
         batch.targets[rows_left:] = NO_TARGET  # of the next epoch, with which a batch is filled up
         if state is not None:
-            state = begun_anew(model, state, ~batch.continues)
+            state = model.restart_rows(state, ~batch.continues)
         with autocast(model.device, dtype):
             loss, state = batch_loss(model, batch, state)
         targets = batch.targets[batch.targets != NO_TARGET]

@@ -53,13 +53,9 @@ def fla(K: str, V: str) -> None:
 def fla_model(width: str, K: str) -> None:
     from retentive.models.config import RetNetConfig
 
-    config = RetNetConfig(
-        vocab_size=50304,
-        hidden_size=int(width),
-        num_hidden_layers=1,
-        num_heads=int(width) // int(K),
-        gated_ffn=True,
-    )
+    sizes = {"vocab_size": 50304, "hidden_size": int(width), "num_hidden_layers": 1}
+    heads = int(width) // int(K)
+    config = RetNetConfig.from_dict({**sizes, "num_heads": heads, "gated_ffn": True})
     case = {"task": "train", "device": "cuda", "dtype": "bfloat16", "version": "", "form": ""}
     case |= {"config": config.to_dict(), "batch": 1, "tokens": 8192}
     tasks.prepare(huggingface.FlashLinearAttention(case), case)

@@ -20,12 +20,12 @@ from retentive.devices import keep_freed_memory, resolve_dtype
 from retentive.inference.session import read_tokens
 from retentive.kernels.triton import available
 from retentive.mixers.kv_cache import KVCache
+from retentive.models.build import build_model
 from retentive.models.checkpoint import load
-from retentive.models.config import RetNetConfig, config_from_dict
+from retentive.models.config import config_from_dict
 from retentive.models.counts import parameters, state_bytes
 from retentive.models.language_model import LanguageModel
-from retentive.models.retnet import RetNet
-from retentive.models.state import RetNetState
+from retentive.models.state import ModelState
 from retentive.models.transformer import Transformer
 
 ROOM = 4096  # tokens that may be decoded behind a filled cache
@@ -39,8 +39,9 @@ class Ours:
         self.runs, self._math = case.get("runner", False), case.get("math", False)
         self.model.checkpoint_layers = case.get("checkpoint", False)
         config = config_from_dict(case["config"])
-        if isinstance(self.model, RetNet):
-            self.model.use(form=case["retention"], backend=case["backend"])
+        self.grows = self.model.state_grows
+        if not self.grows:
+            self.model.set_kernels(form=case["retention"], backend=case["backend"])
         self.facts: dict[str, Any] = {
             "version": __version__,
             "form": case["form"],
@@ -48,8 +49,8 @@ class Ours:
             "weight_bytes": read_bytes(self.model),
         }
         on_gpu = self.model.device.type == "cuda"
-        if on_gpu and case["task"] == "train" and isinstance(self.model, Transformer):
-            self.facts["form"] += f": {training_kernel(self.model, case)}"
+        if on_gpu and case["task"] == "train" and self.grows:
+            self.facts["form"] += f": {training_kernel(cast(Transformer, self.model), case)}"
         if config.quantization is not None:
             self.facts["form"] += f", {config.quantization.bits} bit"
 
@@ -73,9 +74,11 @@ class Ours:
         return self.model.head(hidden[:, -1])
 
     def decoder(self, batch: int, context: int) -> "Decoder":
-        if isinstance(self.model, Transformer):
+        if self.grows:
             on_gpu = self.model.device.type == "cuda"
-            decoder = CacheDecoder.empty(self.model, batch, context + (1 if on_gpu else ROOM))
+            decoder = CacheDecoder.empty(
+                cast(Transformer, self.model), batch, context + (1 if on_gpu else ROOM)
+            )
             decoder.skip(context)
             if not on_gpu:
                 return decoder
@@ -88,26 +91,24 @@ class Ours:
 
     def fresh_decoder(self, batch: int, tokens: int) -> "Decoder":
         """Decoding from the first token on, with room for `tokens` where room is needed."""
-        if isinstance(self.model, Transformer):
-            return CacheDecoder.empty(self.model, batch, tokens)
+        if self.grows:
+            return CacheDecoder.empty(cast(Transformer, self.model), batch, tokens)
         return self._recurrent(self.model.init_state(batch))
 
-    def _recurrent(self, state: RetNetState) -> "Decoder":
+    def _recurrent(self, state: ModelState) -> "Decoder":
         return RunnerDecoder(self.model, state) if self.runs else Decoder(self.model, state)
 
 
 class Decoder:
     """The model's own calls, a token at a time."""
 
-    def __init__(self, model: LanguageModel, state: RetNetState):
+    def __init__(self, model: LanguageModel, state: ModelState):
         self.model, self.state, self.rows = model, state, state.batch_size
 
     @property
     def state_bytes(self) -> int:
         """In use: what a cache has room for beyond its tokens does not count."""
-        config = self.model.config
-        assert isinstance(config, RetNetConfig)
-        return self.rows * state_bytes(config, dtype=self.model.dtype)
+        return self.rows * state_bytes(self.model.config, dtype=self.model.dtype)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         hidden, state = self.model.hidden(tokens[:, None], self.state)
@@ -125,7 +126,7 @@ class Decoder:
 class RunnerDecoder(Decoder):
     """As `retentive generate` decodes: the state is updated where it lies."""
 
-    def __init__(self, model: LanguageModel, state: RetNetState):
+    def __init__(self, model: LanguageModel, state: ModelState):
         self.model, self.rows = model, state.batch_size
         self._runner = runner(model, state)  # of its own copy of the state
 
@@ -145,13 +146,14 @@ class CacheDecoder(Decoder):
     def empty(cls, model: Transformer, batch: int, room: int) -> Self:
         """The room is not touched before it is used: the process holds what the text needs."""
         config = model.config
-        shape = (batch, config.kv_heads, room, config.head_dim)
+        head_dim = config.hidden_size // config.mixer.num_heads
+        shape = (batch, config.mixer.kv_heads, room, head_dim)
         like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
         caches = [
             KVCache.of((torch.empty(shape, **like), torch.empty(shape, **like)), (0,) * batch)
             for _ in model.layers
         ]
-        return cls(model, RetNetState(model.init_state(batch).positions, caches))
+        return cls(model, ModelState(model.init_state(batch).positions, caches))
 
     @property
     def state_bytes(self) -> int:
@@ -162,8 +164,8 @@ class CacheDecoder(Decoder):
     def sdpa_kernel(self) -> str:
         """Of a step; the heads of a group are its queries."""
         k, _ = cast(KVCache, self.state.layers[0]).kv
-        config = self.model.config
-        q = k.new_empty(self.rows, k.shape[1], config.num_heads // k.shape[1], config.head_dim)
+        heads = self.model.config.mixer.num_heads
+        q = k.new_empty(self.rows, k.shape[1], heads // k.shape[1], k.shape[3])
         return sdpa_kernel_of(q, k, causal=False)
 
     @torch.inference_mode()
@@ -175,7 +177,7 @@ class CacheDecoder(Decoder):
             for buffer in cache.buffers.kv:
                 buffer[:, :, cache.lengths[0] : end].normal_()
             caches.append(KVCache.of(cache.buffers.kv, (end,) * len(cache.lengths)))
-        self.state = RetNetState(self.state.positions + count, caches)
+        self.state = ModelState(self.state.positions + count, caches)
         return True
 
 
@@ -195,7 +197,7 @@ class RecordedDecoder(Decoder):
             KVCache.of(cache.buffers.kv, cache.lengths)
             for cache in cast(list[KVCache], self.state.layers)
         ]
-        state = RetNetState(self.state.positions, caches)
+        state = ModelState(self.state.positions, caches)
         hidden, _ = self.model.hidden(self._tokens[:, None], state)
         return self.model.head(hidden[:, -1])
 
@@ -211,16 +213,16 @@ def model_of(case: Case) -> LanguageModel:
         return load(case["folder"], device=device, dtype=dtype)
     config = config_from_dict(case["config"])
     with torch.device(device):
-        model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
-        return model.to(resolve_dtype(dtype)).eval()
+        return build_model(config).to(resolve_dtype(dtype)).eval()
 
 
 def training_kernel(model: Transformer, case: Case) -> str:
     """What SDPA takes in a training step, under autocast where that is asked for."""
-    config, dtype = model.config, resolve_dtype(case["dtype"])
+    mixer, dtype = model.config.mixer, resolve_dtype(case["dtype"])
+    head_dim = model.config.hidden_size // mixer.num_heads
     q, k = (
-        torch.empty(1, heads, case["tokens"], config.head_dim, dtype=dtype, device=model.device)
-        for heads in (config.num_heads, config.kv_heads)
+        torch.empty(1, heads, case["tokens"], head_dim, dtype=dtype, device=model.device)
+        for heads in (mixer.num_heads, mixer.kv_heads)
     )
     return sdpa_kernel_of(q.requires_grad_(), k.requires_grad_(), causal=True)
 

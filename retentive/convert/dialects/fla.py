@@ -43,10 +43,10 @@ class FlaAttention(TheirConfig):
 
     @classmethod
     def from_ours(cls, config: RetNetConfig) -> Self:
-        ours = config.attention
+        ours = config.other_mixer
         assert ours is not None
         return cls(
-            layers=config.attention_layers,
+            layers=config.other_layers,
             num_heads=ours.num_heads,
             num_kv_heads=ours.num_kv_heads,
             qkv_bias=ours.qkv_bias,
@@ -116,20 +116,20 @@ class FlaConfig(TheirConfig):
 
     @classmethod
     def from_ours(cls, config: RetNetConfig) -> Self:
-        assert config.qk_dim is not None and config.value_dim is not None
-        hybrid = None if config.attention is None else asdict(FlaAttention.from_ours(config))
+        assert config.mixer.qk_dim is not None and config.mixer.value_dim is not None
+        hybrid = None if config.other_mixer is None else asdict(FlaAttention.from_ours(config))
         return cls(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             num_hidden_layers=config.num_hidden_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            expand_k=_ratio(config.qk_dim, config.hidden_size),
-            expand_v=_ratio(config.value_dim, config.hidden_size),
+            num_heads=config.mixer.num_heads,
+            num_kv_heads=config.mixer.num_kv_heads,
+            expand_k=_ratio(config.mixer.qk_dim, config.hidden_size),
+            expand_v=_ratio(config.mixer.value_dim, config.hidden_size),
             intermediate_size=config.ffn_dim,
             norm_eps=config.norm_eps,
-            elementwise_affine=config.head_norm_affine,
-            use_output_gate=config.gate,
+            elementwise_affine=config.mixer.head_norm_affine,
+            use_output_gate=config.mixer.gate,
             attn=hybrid,
             tie_word_embeddings=config.tie_word_embeddings,
         )
@@ -154,7 +154,7 @@ COMMON = (
     Weight(
         "model.layers.{}.attn.g_norm_swish_gate.weight",  # fused with the gate
         "layers.{}.retention.head_norm.weight",
-        when=lambda config: config.gate,
+        when=lambda config: config.mixer.gate,
     ),
     Weight("model.layers.{}.attn.g_norm.weight", "layers.{}.retention.head_norm.weight"),
     Weight("model.layers.{}.mlp_norm.weight", "layers.{}.ffn_norm.weight"),

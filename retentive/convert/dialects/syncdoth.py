@@ -64,9 +64,9 @@ class SyncdothConfig(TheirConfig):
 
 def decay(config: RetNetConfig) -> Tensor:
     """log γ `[H]`."""
-    if config.decay == "power":
+    if config.mixer.decay == "power":
         return torchscale.decay(config)
-    exponents = torch.linspace(math.log(1 / 32), math.log(1 / 512), config.num_heads)
+    exponents = torch.linspace(math.log(1 / 32), math.log(1 / 512), config.mixer.num_heads)
     return (1 - exponents.exp()).log()
 
 

@@ -81,19 +81,19 @@ def keys(config: RetNetConfig, count: int) -> Tensor:
 
 
 def values(config: RetNetConfig, count: int) -> Tensor:
-    return 2 * config.num_heads * config.qk_head_dim + torch.arange(count)
+    return 2 * config.mixer.num_heads * config.mixer.qk_head_dim + torch.arange(count)
 
 
 def gamma(config: RetNetConfig) -> Tensor:
     """γ itself `[H]`, in float32 as theirs."""
-    if config.decay == "power":
-        return 1 - 2 ** (-5 - torch.arange(config.num_heads, dtype=torch.float32))
-    return 1 - torch.linspace(math.log(1 / 32), math.log(1 / 512), config.num_heads).exp()
+    if config.mixer.decay == "power":
+        return 1 - 2 ** (-5 - torch.arange(config.mixer.num_heads, dtype=torch.float32))
+    return 1 - torch.linspace(math.log(1 / 32), math.log(1 / 512), config.mixer.num_heads).exp()
 
 
 def zeta(config: RetNetConfig) -> Tensor:
     """xPos's ζ of each pair of all heads, `[H·K/2]`."""
-    dims = config.num_heads * config.qk_head_dim
+    dims = config.mixer.num_heads * config.mixer.qk_head_dim
     return (torch.arange(0, dims, 2) + 0.4 * dims) / (1.4 * dims)
 
 

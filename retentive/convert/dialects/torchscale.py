@@ -75,16 +75,16 @@ class TorchscaleConfig(TheirConfig):
 
     @classmethod
     def from_ours(cls, config: RetNetConfig) -> Self:
-        assert config.value_dim is not None
+        assert config.mixer.value_dim is not None
         pre_norm, deepnorm = config.block == "pre-norm", config.residual_scale != 1
         return cls(
             vocab_size=config.vocab_size,
             decoder_embed_dim=config.hidden_size,
-            decoder_value_embed_dim=config.value_dim,
-            decoder_retention_heads=config.num_heads,
+            decoder_value_embed_dim=config.mixer.value_dim,
+            decoder_retention_heads=config.mixer.num_heads,
             decoder_ffn_embed_dim=config.ffn_dim,
             decoder_layers=config.num_hidden_layers,
-            activation_fn=config.hidden_act,
+            activation_fn=config.ffn.act,
             layernorm_eps=config.norm_eps,
             no_scale_embedding=config.embed_scale == 1,
             layernorm_embedding=config.embed_norm,
@@ -131,11 +131,11 @@ def activation(name: str) -> str:
 
 
 def gated(config: RetNetConfig) -> bool:
-    return config.gated_ffn
+    return config.ffn.gated
 
 
 def plain(config: RetNetConfig) -> bool:
-    return not config.gated_ffn
+    return not config.ffn.gated
 
 
 def decoder(prefix: str) -> tuple[Weight, ...]:
@@ -184,13 +184,13 @@ def decoder(prefix: str) -> tuple[Weight, ...]:
 
 def angle(config: RetNetConfig) -> Tensor:
     """θ, each twice, `[K]`."""
-    exponents = torch.linspace(0, 1, config.qk_head_dim // 2)
+    exponents = torch.linspace(0, 1, config.mixer.qk_head_dim // 2)
     return (1.0 / 10000**exponents).repeat_interleave(2)
 
 
 def decay(config: RetNetConfig) -> Tensor:
     """log γ `[H]`."""
-    heads = torch.arange(config.num_heads, dtype=torch.float32)
+    heads = torch.arange(config.mixer.num_heads, dtype=torch.float32)
     return (1 - 2 ** (-5 - heads)).log()
 
 

@@ -114,13 +114,13 @@ def _subln(checkpoint: Checkpoint, start: str) -> str:
 
 def angle(config: RetNetConfig) -> Tensor:
     """θ of what turns; in float32, as theirs."""
-    exponents = torch.linspace(0, 1, (config.rotary_dim or config.qk_head_dim) // 2)
+    exponents = torch.linspace(0, 1, (config.mixer.rotary_dim or config.mixer.qk_head_dim) // 2)
     return 1.0 / 10000**exponents
 
 
 def decay(config: RetNetConfig) -> Tensor:
     """log₂ γ `[H]`."""
-    return log_decay(config.num_heads, config.decay) / math.log(2)
+    return log_decay(config.mixer.num_heads, config.mixer.decay) / math.log(2)
 
 
 def evidence(source: Source) -> str | None:
