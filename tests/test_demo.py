@@ -13,6 +13,7 @@ from retentive.errors import InputError
 from retentive.models.checkpoint import save_model
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.counts import state_bytes
+from retentive.models.matching import matching_transformer
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 from retentive.train.config import load_config
@@ -95,7 +96,7 @@ def test_an_interrupted_training_goes_on(config, tmp_path, capsys, monkeypatch):
 def test_both_are_measured_at_the_same_positions(tmp_path):
     config = RetNetConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_heads=2)
     save_model(RetNet(config), tmp_path)
-    for name, size in (("RetNet", config), ("Transformer", TransformerConfig.matching(config))):
+    for name, size in (("RetNet", config), ("Transformer", matching_transformer(config))):
         reached = []
         points = command.measure(name, tmp_path, 200, "cpu", reached.append)
         assert [at.position for at in points] == command.positions(200) == [64, 128, 192]

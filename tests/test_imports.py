@@ -12,28 +12,31 @@ import retentive
 
 PACKAGE = Path(retentive.__file__).parent
 
-EVERYONES = {"errors", "devices", "fields"}
+EVERYONES = {"errors", "devices", "fields", "sequences"}
 ALLOWED = {  # a room or a module beside the rooms -> the rooms it may import, besides EVERYONES
     "errors": set(),
     "devices": set(),
     "fields": set(),
+    "sequences": set(),
     "arguments": set(),
     "io": set(),
-    "ops": {"kernels"},
-    "kernels": {"ops"},
-    "layers": {"ops", "kernels", "models"},
-    "mixers": {"layers", "ops", "models"},
-    "models": {"mixers", "layers", "ops", "io"},
     "data": {"io"},
-    "decoding": {"models", "mixers", "layers", "ops", "kernels"},
-    "adapters": {"models", "mixers", "layers", "data", "io", "arguments"},
-    "inference": {"decoding", "models", "data", "adapters", "arguments"},
-    "train": {"models", "layers", "data", "inference", "adapters", "io", "arguments"},
-    "info": {"models", "ops", "arguments"},
-    "compress": {"models", "layers", "mixers", "data", "io", "arguments"},
+    "kernels": set(),
+    "ops": {"kernels"},
+    "layers": {"kernels", "ops"},
+    "mixers": {"kernels", "ops", "layers"},
+    "models": {"ops", "layers", "mixers", "io"},
+    "decoding": {"kernels", "ops", "layers", "mixers", "models"},
+    "convert": {"ops", "layers", "mixers", "models", "data", "io", "arguments"},
+    "info": {"ops", "models", "convert", "arguments"},
+    "adapters": {"models", "mixers", "layers", "data", "io", "convert", "arguments"},
+    "compress": {"models", "layers", "mixers", "data", "io", "convert", "arguments"},
+    "inference": {"decoding", "models", "data", "adapters", "convert", "io", "arguments"},
+    "eval": {"models", "layers", "decoding", "inference", "convert", "data", "io", "info"}
+    | {"arguments"},
+    "train": {"models", "layers", "mixers", "inference", "adapters", "convert", "data", "io"}
+    | {"arguments"},
     "hf": {"models", "layers", "data", "io"},
-    "eval": {"models", "layers", "ops", "data", "decoding", "inference", "io", "info", "arguments"},
-    "convert": {"models", "ops", "data", "io", "arguments"},
 }
 MAY_IMPORT_ANYTHING = {"__init__", "__main__", "cli", "arena", "bench", "demo"}
 OPTIONAL = {"safetensors", "tokenizers", "tyro", "pydantic", "rich", "matplotlib", "transformers"}

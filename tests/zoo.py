@@ -2,9 +2,9 @@
 
 import torch
 
+from retentive.mixers.attention import AttentionConfig
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.language_model import LanguageModel
-from retentive.models.nested import AttentionConfig
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 

@@ -32,11 +32,10 @@ class Rows:
 class Program:
     """Instructions for M rows. Each method but `new` and `run` writes one, and gives its result."""
 
-    def __init__(self, rows: int, tokens: int = 1):
-        """`tokens`: of each sequence, whose rows are one after the other."""
+    def __init__(self, rows: int):
         from retentive.kernels.cpu import machine, products  # compiled, unless they were before
 
-        self.rows, self._tokens = rows, tokens
+        self.rows = rows
         self._machine, self._products = machine, products
         self._code: list[list[int]] = []
         self._kept: list[Tensor] = []  # whose addresses are in the program
@@ -101,14 +100,14 @@ class Program:
         )  # fmt: skip
         return y
 
-    def retain(self, S: Tensor, gamma: Tensor, q: Rows, k: Rows, v: Rows) -> Rows:
-        """o `[M,H·V]` of the state `[B,H,K,V]`, updated in place; gamma `[H,1|K]`."""
+    def retain(self, S: Tensor, gamma: Tensor, q: Rows, k: Rows, v: Rows, tokens: int = 1) -> Rows:
+        """o `[M,H·V]` of the state `[B,H,K,V]`, updated in place; gamma `[H,1|K]`; M = B·tokens."""
         (_, H, K, V), (_, rates) = S.shape, gamma.shape
         o = self.new(H * V)
         self._write(
             self._machine.RETAIN, [q, k, v], o,
             self._address(S), self._constant(gamma), q, k, v, o,
-            H, k.size // K, K, V, rates, self._tokens,
+            H, k.size // K, K, V, rates, tokens,
         )  # fmt: skip
         return o
 

@@ -118,8 +118,8 @@ class StepProgram(Program):
             x.dtype != torch.float32 for layer in state.layers for x in layer.tensors().values()
         ):
             raise InputError("the state is of a model in another dtype; give one of this model")
-        super().__init__(state.batch_size * tokens, tokens)
-        self._model = model
+        super().__init__(state.batch_size * tokens)
+        self._model, self.tokens = model, tokens
         self._angles: dict[Hashable, Angles] = {}  # of each row, filled for every run
         x = self._x = self.new(model.config.hidden_size)
         for block, layer in zip(model.blocks, state.layers, strict=True):

@@ -4,10 +4,7 @@ import time
 
 import torch
 
-from retentive.decoding.graphs import GraphRunner
-from retentive.decoding.graphs import suits as graph_suits
-from retentive.decoding.program_runner import ProgramRunner
-from retentive.decoding.program_runner import suits as program_suits
+from retentive.decoding import graphs, program_runner
 from retentive.decoding.recurrent import RecurrentRunner, Runner
 from retentive.models.language_model import LanguageModel
 from retentive.models.state import ModelState
@@ -15,10 +12,10 @@ from retentive.models.state import ModelState
 
 def runner(model: LanguageModel, state: ModelState) -> Runner:
     """The fastest there is for the model. Goes on from `state`, which stays as it is."""
-    if state.batch_size and graph_suits(model):  # a session whose rows have all ended has none
-        return GraphRunner(model, state)
-    if program_suits(model):
-        return ProgramRunner(model, state.clone())
+    if state.batch_size and graphs.suits(model):  # a session whose rows have all ended has none
+        return graphs.GraphRunner(model, state)
+    if program_runner.suits(model):
+        return program_runner.ProgramRunner(model, state.clone())
     return RecurrentRunner(model, state.clone())
 
 

@@ -260,7 +260,8 @@ class Retention(Recomputing, Mixer):
         angles = program.angles(self.rotation, self.num_heads)
         q = program.rotate(q, angles.cos, angles.sin)
         k = program.rotate(k, angles.key_cos, angles.key_sin)
-        o = program.retain(state["S"], self.gamma(state["S"]), q, k, v)
+        S = state["S"]
+        o = program.retain(S, self.gamma(S), q, k, v, program.tokens)
         y = program.norm(o, self.head_norm, self.state_shape[-1])
         if gate is not None:
             y = program.gate(self.gate_act, gate, y)

@@ -13,7 +13,7 @@ from retentive.errors import InputError, nearest
 from retentive.ops import backends
 from retentive.ops.backends import BACKENDS
 from retentive.ops.recurrent import step
-from retentive.ops.states import state_dtype, state_shape
+from retentive.sequences import state_dtype, state_shape
 
 FORMS = ("parallel", "recurrent", "chunkwise")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ from retentive.ops import reference
 from retentive.ops.chunkwise import chunkwise, default_chunk_size
 from retentive.ops.packing import for_each_sequence
 from retentive.ops.recurrent import step
-from retentive.ops.states import empty_state
+from retentive.sequences import empty_state
 
 # (form, q, k, v, log_decay, state, cu_seqlens, chunk_size) -> (o, final state)
 Run = Callable[

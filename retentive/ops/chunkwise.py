@@ -24,8 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retentive.ops.packing import sequence_bounds
-from retentive.ops.states import empty_state, state_dtype
+from retentive.sequences import empty_state, sequence_bounds, state_dtype
 
 BATCH = 32
 """Matrices in a batched product: enough to outweigh its launch, few enough for the cache."""

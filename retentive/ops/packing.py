@@ -1,4 +1,4 @@
-"""Sequences packed one after the other in one row: their bounds, and any form run on each."""
+"""Any form of retention run on each of the sequences that are packed in one row."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -7,18 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retentive.errors import InputError
-
-
-def sequence_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
-    """cu_seqlens as a list, checked to rise from 0 to `length`."""
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
-        raise InputError(
-            f"cu_seqlens must rise from 0 to T = {length}, got {bounds[0]} … {bounds[-1]}"
-            f"{'' if sorted(bounds) == bounds else ', not in order'}"
-        )
-    return bounds
+from retentive.sequences import sequence_bounds
 
 
 def for_each_sequence(

@@ -54,7 +54,7 @@ def test_in_another_dtype(base: Path, lora: Path, state: Path, tokens: Tensor, k
         rounded = exact if name.endswith("initial_state") else exact.bfloat16()
         assert torch.equal(opened.state_dict()[name], rounded)
     logits, after = opened(tokens)
-    assert logits.isfinite().all() and after.layers[0].S.dtype is torch.float32
+    assert logits.isfinite().all() and after.layers[0]["S"].dtype is torch.float32
 
 
 @pytest.mark.filterwarnings(  # PEFT asks the newest transformers by an old name

@@ -8,7 +8,8 @@ from retentive.bench import decode
 from retentive.bench.command import main
 from retentive.errors import InputError
 from retentive.models.checkpoint import save_model
-from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.config import RetNetConfig
+from retentive.models.matching import matching_transformer
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 
@@ -60,7 +61,7 @@ def test_a_run_of_two_models_is_a_table_a_file_and_figures(
 
 
 def test_a_transformer_is_refused(tmp_path):
-    save_model(Transformer(TransformerConfig.matching(CONFIG)), tmp_path)
+    save_model(Transformer(matching_transformer(CONFIG)), tmp_path)
     with pytest.raises(InputError, match="holds no RetNet"):
         main(["decode", "--model", str(tmp_path)])
 

@@ -18,9 +18,9 @@ from retentive.compress.export import PIECE, TOLERANCE, check, export
 from retentive.compress.export_formats import FORMATS, Format
 from retentive.data.tokenizer import END, save_tokenizer
 from retentive.errors import InputError
+from retentive.mixers.attention import AttentionConfig
 from retentive.models.checkpoint import load, save_model
 from retentive.models.config import RetNetConfig, TransformerConfig
-from retentive.models.nested import AttentionConfig
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 from retentive.models.transformer import Transformer
@@ -91,7 +91,7 @@ def runs(exported):
 
 
 def call(run, tokens, state: RetNetState):
-    logits, positions, layers = run(tokens, state.positions, [layer.S for layer in state.layers])
+    logits, positions, layers = run(tokens, state.positions, [layer["S"] for layer in state.layers])
     return logits, positions, torch.cat(layers, dim=1)
 
 
@@ -114,7 +114,7 @@ def test_the_graphs_do_what_the_model_does(exported, runs, rows, length, start):
             logits, state = model(tokens, state)
         assert distance(given[0], logits[:, -1]) <= TOLERANCE
         assert torch.equal(given[1], state.positions)
-        assert distance(given[2], torch.cat([layer.S for layer in state.layers], 1)) <= TOLERANCE
+        assert distance(given[2], torch.cat([layer["S"] for layer in state.layers], 1)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("graph", ["prefill", "step"])
@@ -128,14 +128,14 @@ def test_angles_are_exact_at_a_million(exported, runs, graph):
     exact.load_state_dict(model.state_dict())
     with torch.no_grad():
         _, after = exact(tokens, RetNetState(state.positions, exact.init_state(2).layers))
-    assert distance(first, after.layers[0].S) <= 1e-6
+    assert distance(first, after.layers[0]["S"]) <= 1e-6
 
 
 def test_a_prompt_may_come_in_pieces(exported, runs):
     _, model, _ = exported
     tokens = torch.randint(61, (2, 50), generator=torch.Generator().manual_seed(3))
     state = model.init_state(2)
-    carried = state.positions, [layer.S for layer in state.layers]
+    carried = state.positions, [layer["S"] for layer in state.layers]
     for piece in tokens.split(20, dim=1):
         logits, *carried = runs["prefill"](piece, *carried)
     assert distance(logits, call(runs["prefill"], tokens, state)[0]) <= TOLERANCE
@@ -300,7 +300,7 @@ def test_the_check_sees_what_is_wrong(spoil):
         kinds = [type(layer)(S) for layer, S in zip(state.layers, layers, strict=True)]
         logits, after = model(tokens, RetNetState(positions, kinds))
         logits, positions = logits[:, -1].clone(), after.positions
-        layers = [layer.S.clone() for layer in after.layers]
+        layers = [layer["S"].clone() for layer in after.layers]
         if spoil == "logits":
             logits += 1e-3
         elif spoil == "nan":

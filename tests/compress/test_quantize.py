@@ -23,10 +23,11 @@ from retentive.errors import InputError
 from retentive.kernels.cpu.available import available
 from retentive.layers import quantized
 from retentive.layers.quantized import MANY_ROWS, QuantizedLinear, pack_nibbles, unpack_nibbles
+from retentive.mixers.attention import AttentionConfig
 from retentive.models.checkpoint import load_config, save_model
 from retentive.models.config import Quantization, RetNetConfig, TransformerConfig
 from retentive.models.fingerprint import fingerprint
-from retentive.models.nested import AttentionConfig
+from retentive.models.matching import matching_transformer
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 
@@ -212,8 +213,8 @@ def test_a_folder_brings_the_model_back_to_the_bit(name, bits, tokens, tmp_path)
 @pytest.mark.parametrize("name", ["retnet", "retnet-tied"])
 def test_the_forms_agree(name, bits, tokens):
     made = quantize(build(name), bits)
-    parallel, _ = made.use(form="parallel")(tokens)
-    chunkwise, _ = made.use(form="chunkwise", chunk_size=16)(tokens)
+    parallel, _ = made.set_kernels(form="parallel")(tokens)
+    chunkwise, _ = made.set_kernels(form="chunkwise", chunk_size=16)(tokens)
     state, pieces = None, []
     for token in tokens.split(1, 1):
         logits, state = made.use()(token, state)
@@ -231,7 +232,7 @@ def test_a_step_multiplies_by_the_very_weights(name, bits, tokens):
     exact = dequantized(made).double()
     _, state = exact(tokens[:, :8])
     expected, _ = exact(tokens[:, 8:], state)
-    layers = [type(layer)(layer.S.float()) for layer in state.layers]
+    layers = [type(layer)(layer["S"].float()) for layer in state.layers]
     decoding = runner(made, type(state)(state.positions, layers))
     assert isinstance(decoding, ProgramRunner) or not available()
     logits = torch.stack([decoding.step(token) for token in tokens[:, 8:].unbind(1)], 1)
@@ -286,8 +287,8 @@ def test_other_loaders_see_a_model_type_they_do_not_know():
     config = quantize(build("retnet"), 8).config
     assert config.to_dict()["model_type"] == "retentive-quantized"
     assert "quantization" not in build("retnet").config.to_dict()
-    baseline = TransformerConfig.matching(config)  # of equal size, not quantised itself
-    assert baseline == TransformerConfig.matching(build("retnet").config)
+    baseline = matching_transformer(config)  # of equal size, not quantised itself
+    assert baseline == matching_transformer(build("retnet").config)
 
 
 # The command

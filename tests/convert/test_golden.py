@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import retentive
 from retentive.convert.plan import plan
 from retentive.convert.source import open_source
-from retentive.models.checkpoint import empty_model
+from retentive.models.build import empty_model
 from retentive.models.config import RetNetConfig
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from retentive.decoding import graphs
 from retentive.decoding.graphs import GraphRunner, Step, bucket, suits
-from retentive.decoding.runner import DecodeRunner, runner
+from retentive.decoding.recurrent import RecurrentRunner
+from retentive.decoding.runner import runner
+from retentive.models.checkpoint import load_state
 from retentive.models.config import RetNetConfig
 from retentive.models.fingerprint import fingerprint
 from retentive.models.retnet import RetNet
@@ -51,14 +53,14 @@ def read(model: RetNet, rows: int) -> RetNetState:
         return model(random_tokens(rows, 9))[1]
 
 
-def follows(replayed: GraphRunner, eager: DecodeRunner, steps: int = 3) -> None:
+def follows(replayed: GraphRunner, eager: RecurrentRunner, steps: int = 3) -> None:
     """Both take the same tokens, and agree in logits and state."""
     for tokens in random_tokens(steps, replayed.rows):
         logits = replayed.step(tokens)
         torch.testing.assert_close(logits, eager.step(tokens))
     assert torch.equal(replayed.state.positions, eager.state.positions)
     for one, other in zip(replayed.state.layers, eager.state.layers, strict=True):
-        torch.testing.assert_close(one.S, other.S)
+        torch.testing.assert_close(one["S"], other["S"])
 
 
 def test_buckets():
@@ -69,17 +71,17 @@ def test_buckets():
 def test_replayed_steps_are_steps(model, rows):
     state, recorder = read(model, rows), Recorder()
     before = state.clone()
-    follows(GraphRunner(model, state, recorder), DecodeRunner(model, state.clone()))
+    follows(GraphRunner(model, state, recorder), RecurrentRunner(model, state.clone()))
     assert recorder.recordings == 1
     assert torch.equal(state.positions, before.positions)  # it stays as it was
-    assert torch.equal(state.layers[0].S, before.layers[0].S)
+    assert torch.equal(state.layers[0]["S"], before.layers[0]["S"])
 
 
 def test_runners_of_one_model_take_turns(model):
     """Of different sizes, the larger after the smaller: its slots are made while those are held."""
     recorder = Recorder()
     states = read(model, 2), read(model, 3), read(model, 9)
-    pairs = [(GraphRunner(model, s, recorder), DecodeRunner(model, s.clone())) for s in states]
+    pairs = [(GraphRunner(model, s, recorder), RecurrentRunner(model, s.clone())) for s in states]
     for _ in range(2):
         for replayed, eager in pairs:
             follows(replayed, eager)
@@ -90,12 +92,12 @@ def test_runners_of_one_model_take_turns(model):
 def test_goes_on_from_a_runner_of_the_same_model(model, rows):
     """Whose state is in the slots that are filled."""
     recorder, state = Recorder(), read(model, 3)
-    before, eager = GraphRunner(model, state, recorder), DecodeRunner(model, state.clone())
+    before, eager = GraphRunner(model, state, recorder), RecurrentRunner(model, state.clone())
     follows(before, eager)
     held = before.state if len(rows) == 3 else before.state.select(rows)
     again = GraphRunner(model, held, recorder)
     before.step(torch.tensor([3, 2, 1]))  # does not touch it
-    follows(again, DecodeRunner(model, eager.state.select(rows)))
+    follows(again, RecurrentRunner(model, eager.state.select(rows)))
 
 
 def test_a_size_is_recorded_once(model):
@@ -103,7 +105,7 @@ def test_a_size_is_recorded_once(model):
     for rows in (4, 3, 4, 2, 1, 2):
         follows(
             GraphRunner(model, read(model, rows), recorder),
-            DecodeRunner(model, read(model, rows).clone()),
+            RecurrentRunner(model, read(model, rows).clone()),
         )
     assert recorder.recordings == len({4, 2, 1})
 
@@ -113,8 +115,8 @@ def test_a_state_in_slots_is_saved_like_any_other(model, tmp_path):
     replayed = GraphRunner(model, read(model, 3), Recorder())
     replayed.step(torch.tensor([1, 2, 3]))
     replayed.state.save(tmp_path / "state", fingerprint=fingerprint(model))
-    again, _, _ = RetNetState.load(tmp_path / "state", fingerprint=fingerprint(model))
-    assert torch.equal(again.layers[1].S, replayed.state.layers[1].S)
+    again, _, _ = load_state(tmp_path / "state", model)
+    assert torch.equal(again.layers[1]["S"], replayed.state.layers[1]["S"])
 
 
 def test_a_logit_is_not_written_over_by_the_next_step(model):
@@ -135,7 +137,7 @@ def test_weights_that_moved_are_recorded_anew(model):
     GraphRunner(model, read(model, 2), recorder).step(torch.tensor([1, 2]))
     model.float().double()
     follows(
-        GraphRunner(model, read(model, 2), recorder), DecodeRunner(model, read(model, 2).clone())
+        GraphRunner(model, read(model, 2), recorder), RecurrentRunner(model, read(model, 2).clone())
     )
     assert recorder.recordings == 2
 
@@ -154,9 +156,9 @@ def test_what_a_runner_is(model, monkeypatch):
     monkeypatch.setattr(graphs, "suits", lambda model: True)
     monkeypatch.setattr(graphs, "record", Recorder())
     assert isinstance(runner(model, read(model, 2)), GraphRunner)
-    assert isinstance(runner(model, read(model, 2).select([])), DecodeRunner)
+    assert isinstance(runner(model, read(model, 2).select([])), RecurrentRunner)
 
 
 def test_on_a_cpu_steps_are_not_recorded(model):
     assert not suits(model)
-    assert isinstance(runner(model, model.init_state(1)), DecodeRunner)
+    assert isinstance(runner(model, model.init_state(1)), RecurrentRunner)

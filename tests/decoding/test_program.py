@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from retentive.compress.quantize import quantize
-from retentive.decoding.program import FEW, ProgramRunner, read, reads, suits
+from retentive.decoding.program_runner import FEW, ProgramRunner, read, reads, suits
 from retentive.decoding.runner import runner
 from retentive.errors import InputError
 from retentive.kernels.cpu.available import available
@@ -64,8 +64,8 @@ def test_a_state_that_is_no_block_of_memory():
     model = build()
     state = model.init_state(2)
     for layer in state.layers:
-        layer.S.copy_(torch.randn_like(layer.S))
-    strided = [type(layer)(layer.S.mT.contiguous().mT) for layer in state.layers]
+        layer["S"].copy_(torch.randn_like(layer["S"]))
+    strided = [replace(x, values={"S": x["S"].mT.contiguous().mT}) for x in state.layers]
     tokens = torch.tensor([3, 4])
     expected = runner(model, state).step(tokens)
     assert torch.equal(runner(model, type(state)(state.positions, strided)).step(tokens), expected)
@@ -84,21 +84,21 @@ def test_gathered_logits_are_not_written_over():
 @pytest.mark.parametrize("rows", [[[3]], [[3, 4, 5]], [[3, 4, 5, 6], [7, 8, 9, 10]]])
 @torch.no_grad()
 def test_a_short_prompt_is_read_as_the_model_reads_it(rows, fields):
-    model = RetNet(replace(CONFIG, **fields)).eval()
+    model = RetNet(RetNetConfig.from_dict({**CONFIG.to_dict(), **fields})).eval()
     _, before = model(torch.tensor([[1, 2]] * len(rows)))
     assert reads(model, rows)
     state = read(model, rows, before)
     _, expected = model.double()(torch.tensor(rows), doubled(before))
     assert state.positions.tolist() == expected.positions.tolist()
     for got, exact in zip(state.layers, expected.layers, strict=True):
-        assert (got.S - exact.S).norm() < 1e-6 * exact.S.norm()
+        assert (got["S"] - exact["S"]).norm() < 1e-6 * exact["S"].norm()
 
 
 def test_the_state_read_from_stays_as_it_was():
     model = build()
     state = model.init_state(1)
     read(model, [[3, 4]], state)
-    assert not any(layer.S.any() for layer in state.layers) and not state.positions.any()
+    assert not any(layer["S"].any() for layer in state.layers) and not state.positions.any()
 
 
 def test_other_prompts_are_left_to_the_model():
@@ -109,7 +109,9 @@ def test_other_prompts_are_left_to_the_model():
 
 
 def doubled(state: RetNetState) -> RetNetState:
-    return RetNetState(state.positions, [type(x)(x.S.double()) for x in state.layers])
+    return RetNetState(
+        state.positions, [replace(x, values={"S": x["S"].double()}) for x in state.layers]
+    )
 
 
 class Adapter(nn.Linear):
@@ -136,12 +138,13 @@ def test_weights_that_it_would_read_wrongly_are_left_to_the_modules():
 
 def test_what_does_not_fit_is_refused():
     model = build()
-    other = RetNet(replace(CONFIG, num_heads=2))
+    fields = {**CONFIG.to_dict(), "num_heads": 2}
+    other = RetNet(RetNetConfig.from_dict(fields))
     with pytest.raises(InputError, match="of another model"):
         runner(model, other.init_state(1))
     with pytest.raises(InputError, match="in another dtype"):
         runner(model, doubled(model.init_state(1)))
-    with pytest.raises(InputError, match="1 tokens for 3 texts"):
+    with pytest.raises(InputError, match="one token per sequence: got \\[1\\] for a batch of 3"):
         runner(model, model.init_state(3)).step(torch.tensor([5]))
 
 

@@ -6,20 +6,15 @@ import weakref
 import pytest
 import torch
 
-from retentive.decoding import program
-from retentive.decoding.program import ProgramRunner
-from retentive.decoding.runner import (
-    AHEAD,
-    DecodeRunner,
-    ModelRunner,
-    fastest_threads,
-    runner,
-)
+from retentive.decoding import program_runner
+from retentive.decoding.program_runner import ProgramRunner
+from retentive.decoding.recurrent import AHEAD, RecurrentRunner
+from retentive.decoding.runner import fastest_threads, runner
 from retentive.errors import InputError
 from retentive.kernels.cpu.available import available
+from retentive.mixers.attention import AttentionConfig
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.language_model import LanguageModel
-from retentive.models.nested import AttentionConfig
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 from retentive.models.transformer import Transformer
@@ -133,7 +128,7 @@ def test_steps_are_the_model(name, tokens):
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether steps are programs; float64 ones never are."""
     if request.param == "torch":
-        monkeypatch.setattr(program, "available", lambda: False)
+        monkeypatch.setattr(program_runner, "available", lambda: False)
     elif not available():
         pytest.skip("needs numba, and Linux")
     return request.param == "compiled"
@@ -150,10 +145,10 @@ def test_steps_are_as_exact_as_the_models_own_calls(name, tokens, compiled, dtyp
     assert after < 1.5 * before
 
 
-def test_only_a_retnet_has_a_runner_of_its_own(compiled):
-    own = ProgramRunner if compiled else DecodeRunner
+def test_a_program_needs_instructions_of_every_mixer(compiled):
+    own = ProgramRunner if compiled else RecurrentRunner
     kinds = dict.fromkeys(("plain", "parallel", "xpos"), own)
-    for name, kind in {**kinds, "hybrid": ModelRunner, "transformer": ModelRunner}.items():
+    for name, kind in {**kinds, "hybrid": RecurrentRunner, "transformer": RecurrentRunner}.items():
         model = build(name)
         assert type(runner(model, model.init_state(1))) is kind
 
@@ -175,10 +170,10 @@ def test_a_runner_is_freed_at_once(compiled):
 def test_the_state_given_is_not_changed(tokens, compiled):
     model = build("plain")
     state = ragged_state(model, tokens)
-    before = [layer.S.clone() for layer in state.layers]
+    before = [layer["S"].clone() for layer in state.layers]
     decoding = runner(model, state)
     decoding.step(tokens[:, START])
-    assert all(torch.equal(a.S, b) for a, b in zip(state.layers, before, strict=True))
+    assert all(torch.equal(a["S"], b) for a, b in zip(state.layers, before, strict=True))
     assert state.positions.tolist() == [START, START - 2, START]
     assert decoding.state.positions.tolist() == [START + 1, START - 1, START + 1]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retentive.layers.layout import Rotation, rotate
+from retentive.layers.rotation import Rotation, rotate
 from retentive.ops import retention, retention_step
 from retentive.ops.decay import log_decay
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from retentive.decoding.graphs import GraphRunner
-from retentive.decoding.runner import DecodeRunner, runner
+from retentive.decoding.recurrent import RecurrentRunner
+from retentive.decoding.runner import runner
 from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 
@@ -43,7 +44,7 @@ def test_decoding_by_graphs_is_eager_decoding(rows, dtype, within):
     model, tokens = build(dtype).eval(), random_tokens(rows, 40).cuda()
     with torch.inference_mode():
         _, state = model(tokens[:, :30])
-    replayed, plain = runner(model, state), DecodeRunner(model, state.clone())
+    replayed, plain = runner(model, state), RecurrentRunner(model, state.clone())
     eager = GraphRunner(build(dtype).eval(), state, lambda step: step)
     assert isinstance(replayed, GraphRunner)
     for column in tokens[:, 30:].unbind(1):
@@ -53,7 +54,7 @@ def test_decoding_by_graphs_is_eager_decoding(rows, dtype, within):
         assert (logits - reference).norm() < within * reference.norm()
     assert torch.equal(replayed.state.positions, eager.state.positions)
     for one, other in zip(replayed.state.layers, eager.state.layers, strict=True):
-        assert torch.equal(one.S, other.S)
+        assert torch.equal(one["S"], other["S"])
 
 
 def test_a_graph_is_recorded_once_a_size():

@@ -11,10 +11,10 @@ from transformers.utils import logging
 
 import retentive.hf as hf
 from retentive.data.tokenizer import byte_tokenizer, save_tokenizer
+from retentive.mixers.attention import AttentionConfig
 from retentive.models.checkpoint import load, save_model
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.language_model import LanguageModel
-from retentive.models.nested import AttentionConfig
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from retentive.devices import available_devices
 from retentive.errors import InputError
-from retentive.layers.layout import Rotation, rotate
+from retentive.layers.rotation import Rotation, rotate
 from retentive.mixers.retention import MultiScaleRetention
 from retentive.ops.decay import log_decay
 

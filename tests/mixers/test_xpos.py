@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retentive.layers.layout import exponents
+from retentive.layers.rotation import exponents
 from retentive.mixers.xpos import XPosRetention
 from retentive.ops import FORMS
 from retentive.ops.decay import log_decay

@@ -1,12 +1,12 @@
-"""The ways of a block through its two parts, and what is before the first and after the last."""
+"""The residual wirings of a block, the FFN, and what is before and after all blocks."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retentive.mixers.retention import FeedForward
-from retentive.models.block import JOINS
+from retentive.layers.feed_forward import FeedForward
+from retentive.models.block import RESIDUALS
 from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 
@@ -21,14 +21,15 @@ SMALL = {"vocab_size": 13, "hidden_size": 8, "num_hidden_layers": 2, "num_heads"
         ("post-norm", lambda x, f, n, g, m: m(3 * (y := n(3 * x + f(x))) + g(y))),
         ("output-norm", lambda x, f, n, g, m: 3 * (y := 3 * x + n(f(x))) + m(g(y))),
         ("parallel", lambda x, f, n, g, m: 3 * x + f(n(x)) + g(m(x))),
+        ("mixer-only", lambda x, f, n, g, m: 3 * x + f(n(x))),
     ],
 )
-def test_a_block_joins_its_parts_as_its_name_says(kind, wanted) -> None:
+def test_the_residual_wiring_is_what_its_name_says(kind, wanted) -> None:
     torch.manual_seed(0)
     f, n, g, m = (torch.nn.Linear(8, 8).double() for _ in range(4))
     x = torch.randn(2, 3, 8, dtype=torch.float64)
-    join = JOINS[kind](RetNetConfig(**SMALL, residual_scale=3.0))
-    y, kept = join(x, lambda h: (f(h), "kept"), n, g, m)
+    residual = RESIDUALS[kind](RetNetConfig(**SMALL, residual_scale=3.0))
+    y, kept = residual(x, lambda h: (f(h), "kept"), n, g, m)
     torch.testing.assert_close(y, wanted(x, f, n, g, m), **EXACT)
     assert kept == "kept"
 
@@ -41,12 +42,12 @@ def test_feed_forward(act: str, gated: bool, subln: str) -> None:
     config = RetNetConfig(
         **SMALL, hidden_act=act, gated_ffn=gated, ffn_subln=subln, ffn_bias=True, norm_eps=0.1
     )
-    ffn = FeedForward(config).double()
+    ffn = FeedForward(8, config.ffn, config.norm_eps).double()
     for name, weight in ffn.named_parameters():
         if weight.ndim == 1:
             torch.nn.init.normal_(weight, float("weight" in name), 0.3)
     x = torch.randn(2, 3, 8, dtype=torch.float64)
-    up, gate = ffn.project(x)
+    up, gate = ffn.up_proj(x), None if ffn.gate_proj is None else ffn.gate_proj(x)
     f = {
         "gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2,
         "gelu_tanh": lambda z: (

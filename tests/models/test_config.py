@@ -1,21 +1,21 @@
 """Configs: what is left out is filled in, what is wrong is said in a line."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 
 from retentive.errors import InputError
+from retentive.mixers.attention import AttentionConfig
 from retentive.models import counts
 from retentive.models.config import (
     SIZES,
-    SPARSE,
     RetNetConfig,
     TransformerConfig,
     config_from_dict,
 )
-from retentive.models.nested import AttentionConfig
+from retentive.models.flat import RETNET, SPARSE
+from retentive.models.matching import matching_transformer
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 
@@ -25,11 +25,19 @@ HYBRID = {"attention_layers": [1], "attention": {"num_heads": 2}}
 
 def test_defaults_are_the_papers_layer() -> None:
     config = RetNetConfig(**SMALL)
-    assert (config.qk_dim, config.value_dim, config.intermediate_size) == (64, 128, 128)
-    assert (config.qk_head_dim, config.value_head_dim) == (32, 64)
-    assert (config.hidden_act, config.norm, config.head_norm) == ("gelu", "layernorm", "layernorm")
-    assert (config.decay, config.rotation, config.row_scale) == ("power", "official", False)
-    assert (config.norm_eps, config.head_norm_eps, config.gated_ffn) == (1e-6, 1e-6, False)
+    assert (config.mixer.qk_dim, config.mixer.value_dim, config.ffn_dim) == (64, 128, 128)
+    assert (config.mixer.qk_head_dim, config.mixer.value_head_dim) == (32, 64)
+    assert (config.ffn.act, config.norm, config.mixer.head_norm) == (
+        "gelu",
+        "layernorm",
+        "layernorm",
+    )
+    assert (config.mixer.decay, config.mixer.rotation, config.mixer.row_scale) == (
+        "power",
+        "official",
+        False,
+    )
+    assert (config.norm_eps, config.mixer.head_norm_eps, config.ffn.gated) == (1e-6, 1e-6, False)
 
 
 @pytest.mark.parametrize("width", [256, 1024, 2048])
@@ -63,27 +71,27 @@ def test_named_sizes_have_the_papers_parameters(size: str) -> None:
     norms = (2 * depth + 1) * 2 * width
     assert model.num_parameters() == LAYER_WEIGHTS[size] + embeddings + norms
     if size != "demo":
-        assert (config.qk_head_dim, config.value_head_dim) == (256, 512)
+        assert (config.mixer.qk_head_dim, config.mixer.value_head_dim) == (256, 512)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_the_matching_transformer_is_equally_large(size: str, group: int) -> None:
     retnet = RetNetConfig.named(size)
-    heads = TransformerConfig.matching(retnet).num_heads
-    config = TransformerConfig.matching(retnet, num_kv_heads=max(1, heads // group))
+    heads = matching_transformer(retnet).mixer.num_heads
+    config = matching_transformer(retnet, num_kv_heads=max(1, heads // group))
     with torch.device("meta"):
         given, wanted = Transformer(config).num_parameters(), RetNet(retnet).num_parameters()
     assert given == pytest.approx(wanted, rel=0.01)
-    assert 64 <= config.head_dim <= 128
+    assert 64 <= config.hidden_size // config.mixer.num_heads <= 128
     shared = ("hidden_size", "num_hidden_layers", "vocab_size", "norm", "tie_word_embeddings")
     assert all(getattr(config, name) == getattr(retnet, name) for name in shared)
 
 
 def test_the_matching_transformer_of_another_kind_of_ffn() -> None:
     retnet = RetNetConfig.named("200m", gated_ffn=True, hidden_act="swish", norm="rmsnorm")
-    config = TransformerConfig.matching(retnet, num_kv_heads=4)
-    assert (config.gated_ffn, config.hidden_act, config.norm) == (True, "swish", "rmsnorm")
+    config = matching_transformer(retnet, num_kv_heads=4)
+    assert (config.ffn.gated, config.ffn.act, config.norm) == (True, "swish", "rmsnorm")
     given, wanted = (sum(counts.parameters(c).values()) for c in (config, retnet))
     assert given == pytest.approx(wanted, rel=0.01)
 
@@ -91,7 +99,7 @@ def test_the_matching_transformer_of_another_kind_of_ffn() -> None:
 def test_the_matching_transformer_of_a_retnet_without_a_gate() -> None:
     retnet = RetNetConfig.named("200m", gate=False)
     given, wanted = (
-        sum(counts.parameters(c).values()) for c in (TransformerConfig.matching(retnet), retnet)
+        sum(counts.parameters(c).values()) for c in (matching_transformer(retnet), retnet)
     )
     assert given == pytest.approx(wanted, rel=0.01)
 
@@ -129,14 +137,14 @@ def test_a_plain_retnet_writes_no_field_that_only_others_need() -> None:
     assert plain.keys() >= {"hidden_size", "decay", "rotation", "row_scale"}
     set_by_hand = RetNetConfig(**SMALL, num_kv_heads=1, attention_layers=()).to_dict()
     assert set_by_hand.keys() - plain.keys() == {"num_kv_heads"}
-    assert SPARSE <= {field.name for field in dataclasses.fields(RetNetConfig)}
+    assert SPARSE - {"window"} <= RETNET.keys()
 
 
 def test_attention_may_be_given_by_its_fields() -> None:
     """As a TOML table or JSON has it."""
     given = RetNetConfig(**SMALL, attention_layers=(1,), attention={"num_heads": 4, "window": 8})
-    assert given.attention == AttentionConfig(4, window=8)
-    assert (given.attention.kv_heads, given.attention.qkv_bias) == (4, False)
+    assert given.other_mixer == AttentionConfig(4, window=8)
+    assert (given.other_mixer.kv_heads, given.other_mixer.qkv_bias) == (4, False)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +159,7 @@ def test_attention_may_be_given_by_its_fields() -> None:
         ({"hidden_size": "64"}, ["hidden_size", "'64'", "a whole number"]),
         ({"hidden_size": True}, ["hidden_size", "True", "a whole number"]),
         ({"hidden_size": 64.0}, ["hidden_size", "64.0", "a whole number"]),
-        ({"gated_ffn": 1}, ["gated_ffn", "true or false"]),
+        ({"gated_ffn": 1}, ["ffn.gated", "true or false"]),
         ({"norm_eps": "small"}, ["norm_eps", "a number"]),
         ({"norm_eps": 0}, ["norm_eps", "above 0"]),
         ({"rotation_base": float("nan")}, ["rotation_base", "nan"]),
@@ -178,12 +186,12 @@ def test_attention_may_be_given_by_its_fields() -> None:
         ({"xpos_base": 0.0}, ["xpos_base", "above 0"]),
         ({"attention_layers": [1]}, ["attention_layers", "both or neither"]),
         ({"attention": {"num_heads": 2}}, ["attention_layers", "both or neither"]),
-        ({**HYBRID, "attention_layers": [2]}, ["attention_layers is [2]", "0 to 1"]),
+        ({**HYBRID, "attention_layers": [2]}, ["(attention_layers) is [2]", "0 to 1"]),
         ({**HYBRID, "attention_layers": [1, 0]}, ["[1, 0]", "rising"]),
-        ({**HYBRID, "attention_layers": [1.5]}, ["attention_layers", "a list of numbers"]),
+        ({**HYBRID, "attention_layers": [1.5]}, ["other_layers", "a list of numbers"]),
         ({**HYBRID, "attention": {"num_heads": 3}}, ["hidden_size 64", "attention num_heads 3"]),
         ({**HYBRID, "attention": {"num_heads": 64}}, ["odd head dim 1"]),
-        ({**HYBRID, "attention": {"heads": 2}}, ["attention key 'heads'", "num_heads"]),
+        ({**HYBRID, "attention": {"heads": 2}}, ["other_mixer attention key 'heads'", "num_heads"]),
         ({**HYBRID, "attention": {}}, ["attention lacks 'num_heads'"]),
         ({**HYBRID, "attention": {"num_heads": 4, "num_kv_heads": 3}}, ["num_kv_heads 3"]),
         ({**HYBRID, "attention": {"num_heads": 4, "window": 0}}, ["attention window", "above 0"]),
@@ -208,11 +216,11 @@ def test_refuses_a_wrong_field(fields: dict, words: list[str]) -> None:
         (lambda: TransformerConfig(**SMALL, num_kv_heads=3), ["num_heads 2", "num_kv_heads 3"]),
         (lambda: TransformerConfig(**{**SMALL, "num_heads": 64}), ["odd head dim 1"]),
         (
-            lambda: TransformerConfig.matching(RetNetConfig.named("demo"), num_kv_heads=2),
+            lambda: matching_transformer(RetNetConfig.named("demo"), num_kv_heads=2),
             ["num_kv_heads 2"],
         ),
         (
-            lambda: TransformerConfig.matching(RetNetConfig.named("demo"), num_kv_heads=0),
+            lambda: matching_transformer(RetNetConfig.named("demo"), num_kv_heads=0),
             ["num_kv_heads", "above 0"],
         ),
     ],
@@ -229,5 +237,5 @@ def test_lists_are_taken_for_tuples():
     config = RetNetConfig(
         vocab_size=8, hidden_size=16, num_hidden_layers=1, num_heads=2, decay=decay
     )
-    assert config.decay == tuple(decay)
+    assert config.mixer.decay == tuple(decay)
     assert RetNetConfig.from_dict(config.to_dict()) == config

@@ -5,9 +5,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from retentive.mixers.attention import AttentionConfig
 from retentive.models import counts
-from retentive.models.config import RetNetConfig, TransformerConfig
-from retentive.models.nested import AttentionConfig
+from retentive.models.build import shapes
+from retentive.models.config import ModelConfig, RetNetConfig, TransformerConfig
+from retentive.models.matching import matching_transformer
+
+
+def mixing_flops(config: ModelConfig, context: float, layer: int = 0) -> float:
+    return shapes(config).blocks[layer].mixer.mixing_flops(context)
 
 
 def test_parameters_are_the_models(model) -> None:
@@ -28,9 +34,7 @@ def test_flops_of_the_products_are_those_run(model, tokens: Tensor) -> None:
         model(tokens[:1])
     run = counter.get_flop_counts()["Global"]
     products = sum(flops for op, flops in run.items() if str(op) in ("aten.mm", "aten.addmm"))
-    attended = getattr(config, "attention_layers", ())
-    kinds = ["attention" if index in attended else None for index in range(len(model.layers))]
-    mixing = sum(counts.mixing_flops(config, 5, kind) for kind in kinds)
+    mixing = sum(mixing_flops(config, 5, layer) for layer in range(len(model.layers)))
     assert products == count * (counts.flops_per_token(config, 5) - mixing)
     headless = counts.flops_per_token(config, 5, head=False)
     head = 2 * config.vocab_size * config.hidden_size
@@ -41,13 +45,13 @@ def test_flops_by_hand() -> None:
     retnet = RetNetConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=2)
     # K 32, V 64: two products with 64 keys, two with the state; heads and layers times that.
     mixing = 2 * (2 * 64 * (32 + 64) + 4 * 32 * 64)
-    assert counts.mixing_flops(retnet, 7) == counts.mixing_flops(retnet, 7000) == mixing
+    assert mixing_flops(retnet, 7) == mixing_flops(retnet, 7000) == mixing
     assert counts.flops_per_token(retnet) == 2 * (2 * 12 * 64**2 + 100 * 64) + 2 * mixing
     transformer = TransformerConfig(
         vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=4, num_kv_heads=1
     )
     # q·k and p·v with 1000 keys for 64 dims of heads, whoever shares the keys.
-    assert counts.mixing_flops(transformer, 1000) == 2 * 2 * 1000 * 64
+    assert mixing_flops(transformer, 1000) == 2 * 2 * 1000 * 64
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 16 + 2 * 64 * 256) + 100 * 64
     assert counts.flops_per_token(transformer, 1000) == 2 * weights + 2 * 2 * 2 * 1000 * 64
 
@@ -72,13 +76,13 @@ def test_a_window_bounds_what_attention_costs() -> None:
         attention_layers=(1,),
         attention=attention,
     )
-    assert counts.mixing_flops(hybrid, 5, "attention") == 4 * 5 * 64
-    assert counts.mixing_flops(hybrid, 10**6, "attention") == 4 * 100 * 64
+    assert mixing_flops(hybrid, 5, 1) == 4 * 5 * 64
+    assert mixing_flops(hybrid, 10**6, 1) == 4 * 100 * 64
     state = 2 * 2 * 32 * 64  # layers, heads, K, V
     assert counts.state_bytes(hybrid, 10**6) == 4 * (state + 2 * 99 * 64)
     step = counts.decode_bytes(hybrid, 3, 10**6) - counts.decode_bytes(hybrid, 0, 0)
     assert step == 3 * 4 * (2 * state + 2 * 99 * 64)
-    baseline = TransformerConfig.matching(hybrid)
+    baseline = matching_transformer(hybrid)
     given, wanted = (sum(counts.parameters(c).values()) for c in (baseline, hybrid))
     assert given == pytest.approx(wanted, rel=0.02)
 

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from retentive.compress.quantize import quantize
 from retentive.errors import InputError
-from retentive.mixers.retention import MultiScaleRetention
 from retentive.models.checkpoint import save_model
 from retentive.models.language_model import LanguageModel
 from retentive.models.state import RetNetState, concat
@@ -19,13 +18,9 @@ BOUNDS = torch.tensor([0, 4, 11, 17, 22])  # of four documents, two a row of 11 
 def tuned(retnet: LanguageModel) -> LanguageModel:
     """Its layers begin with random states."""
     torch.manual_seed(2)
-    for layer in retentions(retnet):
+    for layer in retnet.tunable:
         layer.initial_state = nn.Parameter(torch.randn(layer.state_shape, dtype=torch.float64))
     return retnet.requires_grad_(False)
-
-
-def retentions(model: LanguageModel) -> list[MultiScaleRetention]:
-    return [module for module in model.modules() if isinstance(module, MultiScaleRetention)]
 
 
 def alone(model: LanguageModel, row: Tensor) -> tuple[Tensor, RetNetState]:
@@ -41,7 +36,7 @@ def same(state: RetNetState, wanted: list[RetNetState]) -> None:
     for index, layer in enumerate(state.layers):
         for row, one in enumerate(wanted):
             if layer.kind == "retention":
-                torch.testing.assert_close(layer.S[row], one.layers[index].S[0], **EXACT)
+                torch.testing.assert_close(layer["S"][row], one.layers[index]["S"][0], **EXACT)
 
 
 def test_rows_and_padded_rows(tuned: LanguageModel, tokens: Tensor) -> None:
@@ -80,7 +75,7 @@ def test_packed_rows_that_go_on(tuned: LanguageModel, tokens: Tensor) -> None:
 def test_its_gradient(tuned: LanguageModel, tokens: Tensor) -> None:
     """Along random directions, against finite differences; from packed documents."""
     flat, layout = tokens[:2].flatten(), tuned.packed_layout(BOUNDS)
-    states = [layer.initial_state for layer in retentions(tuned) if layer.initial_state is not None]
+    states = [layer.initial_state for layer in tuned.tunable if layer.initial_state is not None]
     for state in states:
         state.requires_grad_()
 

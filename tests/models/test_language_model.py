@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retentive.errors import InputError
+from retentive.mixers.state import TensorState
 from retentive.models.language_model import LanguageModel
-from retentive.models.state import RetentionState, RetNetState, concat
+from retentive.models.state import RetNetState, concat
 from retentive.ops import FORMS
 
 EXACT = {"rtol": 0.0, "atol": 1e-11}
@@ -19,8 +20,8 @@ def assert_same_state(given: RetNetState, wanted: RetNetState) -> None:
     assert torch.equal(given.positions, wanted.positions)
     for row in range(given.batch_size):
         for one, other in zip(given.layers, wanted.layers, strict=True):
-            of_retention = isinstance(one, RetentionState)
-            pair = (x.S[row] if of_retention else x.row(row) for x in (one, other))
+            of_retention = isinstance(one, TensorState)
+            pair = (x["S"][row] if of_retention else x.row(row) for x in (one, other))
             torch.testing.assert_close(*pair, **EXACT)
 
 
@@ -57,7 +58,7 @@ def test_without_gradients_too(model: LanguageModel, tokens: Tensor) -> None:
 def test_every_form_is_the_same_model(retnet: LanguageModel, tokens: Tensor) -> None:
     whole, wanted = retnet(tokens)
     for form in FORMS:
-        _, state = retnet.use(form=form)(tokens[:, :4])
+        _, state = retnet.set_kernels(form=form)(tokens[:, :4])
         logits, after = retnet(tokens[:, 4:], state)
         torch.testing.assert_close(logits, whole[:, 4:], **EXACT)
         assert_same_state(after, wanted)
@@ -156,7 +157,7 @@ def test_rows_carry_their_documents_from_step_to_step(model: LanguageModel) -> N
     # Documents of row 0: tokens 0-8, 8-12; of row 1: 0-2, 2-6, 6-12.
     first = model.packed_layout(torch.tensor([0, 6, 8, 12]), rows=2)
     h_first, state = model.hidden(streams[:, :6].reshape(1, -1), layout=first)
-    state = state.reset(torch.tensor([False, True]))
+    state = model.restart_rows(state, torch.tensor([False, True]))
     second = model.packed_layout(torch.tensor([0, 2, 6, 12]), rows=2, state=state)
     h_second, state = model.hidden(streams[:, 6:].reshape(1, -1), state, layout=second)
 

@@ -46,11 +46,11 @@ def test_forms_agree_over_long_texts(long_model) -> None:
     model, tokens, logits = long_model
     exact, state = copy.deepcopy(model).double()(tokens)
     for form in FORMS:
-        given, after = model.use(form=form)(tokens)
+        given, after = model.set_kernels(form=form)(tokens)
         assert relative(given, exact) <= 1e-5
         assert relative(given, logits) <= 1e-5
         for one, other in zip(after.layers, state.layers, strict=True):
-            assert relative(one.S, other.S) <= 1e-5
+            assert relative(one["S"], other["S"]) <= 1e-5
 
 
 @torch.no_grad()
@@ -74,18 +74,18 @@ def test_bfloat16_stays_near_float32(long_model) -> None:
     assert relative(low(tokens[:, -1:], state)[0], logits[:, -1:]) <= 0.05
 
 
-def test_use_reaches_every_layer_and_refuses_unknown_words() -> None:
+def test_set_kernels_reaches_every_layer_and_refuses_unknown_words() -> None:
     model = RetNet(RetNetConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2, num_heads=2))
     tokens = torch.arange(8)[None]
-    assert model.use(form="chunkwise", backend="reference", chunk_size=3) is model
+    assert model.set_kernels(form="chunkwise", backend="reference", chunk_size=3) is model
     given = {(x.retention.form, x.retention.backend, x.retention.chunk_size) for x in model.layers}
     assert given == {("chunkwise", "reference", 3)}
     one = model(tokens)[0]
-    torch.testing.assert_close(one, model.use()(tokens)[0])
+    torch.testing.assert_close(one, model.set_kernels()(tokens)[0])
     with pytest.raises(InputError, match="did you mean 'parallel'"):
-        model.use(form="paralel")(tokens)
+        model.set_kernels(form="paralel")(tokens)
     with pytest.raises(InputError, match="torch"):
-        model.use(backend="tritn")(tokens)
+        model.set_kernels(backend="tritn")(tokens)
 
 
 def test_names_of_the_weights() -> None:

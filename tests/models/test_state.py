@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from retentive.errors import InputError
-from retentive.models.checkpoint import fingerprint
+from retentive.models.checkpoint import fingerprint, load_state
 from retentive.models.state import RetNetState, concat
 
 EXACT = {"rtol": 0.0, "atol": 1e-11}
@@ -46,8 +46,8 @@ def test_concat_undoes_select(model, tokens: Tensor, ragged: RetNetState) -> Non
 
 
 @torch.no_grad()
-def test_reset_rows_have_read_nothing(model, tokens: Tensor, ragged: RetNetState) -> None:
-    fresh = ragged.reset(torch.tensor([False, True, False]))
+def test_restarted_rows_have_the_initial_state(model, tokens: Tensor, ragged: RetNetState) -> None:
+    fresh = model.restart_rows(ragged, torch.tensor([False, True, False]))
     assert fresh.positions.tolist() == [4, 0, 5]
     wanted, _ = model(tokens[:, 5:], ragged)
     given, _ = model(tokens[:, 5:], fresh)
@@ -57,12 +57,14 @@ def test_reset_rows_have_read_nothing(model, tokens: Tensor, ragged: RetNetState
 
 
 @torch.no_grad()
-def test_a_clone_shares_nothing(model, tokens: Tensor, ragged: RetNetState) -> None:
+def test_a_clone_may_be_updated_in_place(model, tokens: Tensor, ragged: RetNetState) -> None:
+    """A cache, which never is, stays shared: what is appended to one is not in the other."""
     wanted, _ = model(tokens[:, 5:], ragged)
     clone = ragged.clone()
+    model(tokens[:, :3], clone)
     clone.positions.fill_(99)
-    for layer in clone.layers:
-        for tensor in layer.tensors().values():
+    for block, layer in zip(model.blocks, clone.layers, strict=True):
+        for tensor in layer.tensors().values() if block.mixer.rewrites_state else ():
             tensor.fill_(99)
     torch.testing.assert_close(model(tokens[:, 5:], ragged)[0], wanted, **EXACT)
 
@@ -84,7 +86,7 @@ def test_saved_and_loaded(model, tokens: Tensor, ragged: RetNetState, tmp_path) 
     path = tmp_path / "state.safetensors"
     extra, tensors = {"stop": ["é"], "last": 3}, {"seen": torch.arange(4)}
     ragged.save(path, fingerprint=fingerprint(model), extra=extra, tensors=tensors)
-    loaded, given_extra, given_tensors = RetNetState.load(path, fingerprint=fingerprint(model))
+    loaded, given_extra, given_tensors = load_state(path, model)
     assert given_extra == extra
     assert torch.equal(given_tensors["seen"], tensors["seen"])
     wanted, _ = model(tokens[:, 5:], ragged)
@@ -97,14 +99,14 @@ def test_saved_and_loaded(model, tokens: Tensor, ragged: RetNetState, tmp_path) 
 def test_refuses_the_state_of_other_weights(model, make_model, tmp_path) -> None:
     path = tmp_path / "state"
     model.init_state(1).save(path, fingerprint=fingerprint(model))
-    assert RetNetState.load(path, fingerprint=fingerprint(model))[1:] == ({}, {})
+    assert load_state(path, model)[1:] == ({}, {})
     with torch.no_grad():
         model.layers[1].ffn.down_proj.weight.mul_(1.001)
     with pytest.raises(InputError, match="other weights"):
-        RetNetState.load(path, fingerprint=fingerprint(model))
+        load_state(path, model)
     for other in (make_model("retnet", num_heads=2), make_model("transformer", num_kv_heads=1)):
         with pytest.raises(InputError, match="another model"):
-            RetNetState.load(path, fingerprint=fingerprint(other))
+            load_state(path, other)
 
 
 def test_refuses_the_state_of_another_dtype(model, tmp_path) -> None:
@@ -113,22 +115,22 @@ def test_refuses_the_state_of_another_dtype(model, tmp_path) -> None:
     for dtype in ("float32", "bfloat16"):
         model.to(getattr(torch, dtype))
         with pytest.raises(InputError, match=f"in float64, this one is in {dtype}; .*float64$"):
-            RetNetState.load(path, fingerprint=fingerprint(model))
+            load_state(path, model)
 
 
 def test_refuses_broken_files(model, tmp_path) -> None:
     path = tmp_path / "state"
     with pytest.raises(InputError, match="does not exist"):
-        RetNetState.load(path, fingerprint=fingerprint(model))
+        load_state(path, model)
     model.init_state(1).save(path, fingerprint=fingerprint(model))
     whole = path.read_bytes()
     for kept in (0, 5, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:kept])
         with pytest.raises(InputError, match=r"truncated|no saved state") as caught:
-            RetNetState.load(path, fingerprint=fingerprint(model))
+            load_state(path, model)
         assert "\n" not in str(caught.value)
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="no saved state"):
-        RetNetState.load(path, fingerprint=fingerprint(model))
+        load_state(path, model)

@@ -47,7 +47,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
     if carry:
         assert whole.state is not None and pieces.state is not None
         for one, other in zip(whole.state.layers, pieces.state.layers, strict=True):
-            torch.testing.assert_close(one.S, other.S)
+            torch.testing.assert_close(one["S"], other["S"])
 
 
 def test_the_loss_is_the_mean_over_the_tokens_of_all_rows(tiny: Tiny, corpus: Corpus):
@@ -78,7 +78,7 @@ def test_truncated_bptt_reads_documents_as_if_they_were_never_cut(tiny: Tiny, co
     assert trainer.state is not None
     assert trainer.state.positions[0] == len(lane) - begin > 32
     for mine, whole in zip(trainer.state.layers, expected.layers, strict=True):
-        torch.testing.assert_close(mine.S[:1], whole.S)
+        torch.testing.assert_close(mine["S"][:1], whole.S)
 
 
 def test_activation_checkpointing_changes_no_gradient(tiny: Tiny, corpus: Corpus):

@@ -18,7 +18,7 @@ from torch import Tensor
 from retentive.kernels.triton.output import read_chunks
 from retentive.kernels.triton.spans import Spans
 from retentive.kernels.triton.states import chunk_states
-from retentive.ops.states import empty_state
+from retentive.sequences import empty_state
 
 
 def default_chunk_size(v: Tensor) -> int:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retentive.ops.packing import sequence_bounds
+from retentive.sequences import sequence_bounds
 
 
 class Spans(NamedTuple):

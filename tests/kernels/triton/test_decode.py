@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from retentive.kernels.triton import decode
 from retentive.kernels.triton.decode import decode_step
-from retentive.layers.layout import Rotation, rotate
-from retentive.mixers.retention import ACTIVATIONS
+from retentive.layers.activations import ACTIVATIONS
+from retentive.layers.rotation import Rotation, rotate
 from retentive.ops import retention_step
 from retentive.ops.decay import log_decay
 

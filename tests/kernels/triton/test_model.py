@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from retentive.decoding.graphs import GraphRunner
-from retentive.decoding.runner import DecodeRunner
+from retentive.decoding.recurrent import RecurrentRunner
 from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 
@@ -36,7 +36,7 @@ def build(device: torch.device):
     def build(name: str, dtype: torch.dtype, backend: str) -> RetNet:
         model = RetNet(CONFIGS[name])
         model.init_weights(seed=0)
-        return model.to(device, dtype).use(backend=backend)
+        return model.to(device, dtype).set_kernels(backend=backend)
 
     return build
 
@@ -52,7 +52,7 @@ def test_forward_and_backward(build, name, tokens):
         weight = torch.linspace(-1, 1, logits.numel(), dtype=dtype, device=logits.device)
         parameters = list(model.parameters())
         gradients = torch.autograd.grad((logits.flatten() * weight).sum(), parameters)
-        return [logits, *(layer.S for layer in state.layers), *gradients]
+        return [logits, *(layer["S"] for layer in state.layers), *gradients]
 
     exact = run(torch.float64, "torch")
     for result, reference in zip(run(torch.float32, "triton"), exact, strict=True):
@@ -98,13 +98,13 @@ def test_decoding_by_slots(build, name, tokens):
     """Three rows of four slots, as they are recorded on a GPU, and steps that are not recorded."""
     model, plain = build(name, torch.float32, "triton"), build(name, torch.float64, "torch")
     with torch.inference_mode():
-        exact = DecodeRunner(plain, plain(tokens[:, :8])[1])
+        exact = RecurrentRunner(plain, plain(tokens[:, :8])[1])
         state = model(tokens[:, :8])[1]
         slots = GraphRunner(model, state, lambda step: step)
-        steps = DecodeRunner(model, state.clone())
+        steps = RecurrentRunner(model, state.clone())
     for column in tokens[:, 8:].unbind(1):
         logits = exact.step(column)
         assert error(slots.step(column), logits) < WITHIN
         assert error(steps.step(column), logits) < WITHIN
     for one, other in zip(slots.state.layers, exact.state.layers, strict=True):
-        assert error(one.S, other.S) < WITHIN
+        assert error(one["S"], other["S"]) < WITHIN

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from retentive.kernels.triton import norm_gate as module
 from retentive.kernels.triton.norm_gate import NORMS, launch_norm_gate, norm_gate
-from retentive.mixers.retention import ACTIVATIONS
+from retentive.layers.activations import ACTIVATIONS
 
 # Relative L2. Sums of V float32 terms and the hardware's reciprocal root; or one final rounding.
 WITHIN = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}

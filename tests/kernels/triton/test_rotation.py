@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from retentive.kernels.triton.rotation import rotate_qk
-from retentive.layers.layout import Angles, Rotation, rotate
+from retentive.layers.rotation import Angles, Rotation, rotate
 from retentive.ops.decay import log_decay
 
 # Relative L2. Four roundings of float32 an element; or the one of the result to bfloat16, 2^-9.

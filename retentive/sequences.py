@@ -1,7 +1,14 @@
-"""The state of retention: its dtype, and the one of a sequence of which nothing has been read."""
+"""Sequences and their states, for ops and kernels alike: bounds of packed ones, sizes and dtypes.
+
+Shapes as in `retentive.ops`.
+"""
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from retentive.errors import InputError
 
 
 def state_dtype(q: Tensor) -> torch.dtype:
@@ -17,3 +24,14 @@ def state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, i
 
 def empty_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return q.new_zeros(state_shape(q, v, cu_seqlens), dtype=state_dtype(q))
+
+
+def sequence_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
+    """cu_seqlens as a list, checked to rise from 0 to `length`."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
+        raise InputError(
+            f"cu_seqlens must rise from 0 to T = {length}, got {bounds[0]} … {bounds[-1]}"
+            f"{'' if sorted(bounds) == bounds else ', not in order'}"
+        )
+    return bounds
