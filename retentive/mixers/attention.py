@@ -5,11 +5,12 @@ Shapes: B rows, T tokens, S keys, D width, H query heads, G key-value heads, d h
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 from torch.nn import init
 
@@ -78,6 +79,7 @@ class Full:
     """A token sees all tokens before it."""
 
     kind = KVCache.kind
+    tokens_back = -1  # to the first one, as torch says it
 
     def empty(self, rows: int, capacity: int, heads: int, head_dim: int, like: Tensor) -> KVCache:
         return KVCache.empty(rows, capacity, heads, head_dim, like)
@@ -105,6 +107,7 @@ class Window:
 
     def __init__(self, size: int):
         self.size = size
+        self.tokens_back = size - 1
 
     def empty(
         self, rows: int, capacity: int, heads: int, head_dim: int, like: Tensor
@@ -186,30 +189,74 @@ def _attend(q: Tensor, kv: Pair, mask: Tensor | None) -> Tensor:
 def _packed(
     sees: Full | Window, q: Tensor, k: Tensor, v: Tensor, cache: Any, layout: Layout
 ) -> tuple[Tensor, Any]:
-    """Sequence by sequence. A row's cache enters one and afterwards holds the one it leaves by."""
+    """Within each sequence. A row's cache enters one and afterwards holds the one it leaves by."""
     assert layout.cu_seqlens is not None
-    pieces = list(pairwise(layout.cu_seqlens.tolist()))
     rows = range(layout.rows)
     first = list(rows) if layout.first is None else layout.first.tolist()
     last = list(rows) if layout.last is None else layout.last.tolist()
-    entering = {} if cache is None else {sequence: row for row, sequence in enumerate(first)}
-    outputs = []
-    for sequence, (begin, end) in enumerate(pieces):
-        if begin == end:
-            continue
-        q_here, k_here, v_here = (x[:, :, begin:end] for x in (q, k, v))
-        if cache is not None and sequence in entering:
-            k_past, v_past = cache.row(entering[sequence])
-            k_here, v_here = torch.cat((k_past, k_here), 2), torch.cat((v_past, v_here), 2)
-        outputs.append(sees.attend(q_here, (k_here, v_here)))
-    o = torch.cat(outputs, 2)
+    if cache is None:
+        o = attend_packed(sees, q, (k, v), layout.cu_seqlens)
+        cache = sees.empty(layout.rows, 0, k.shape[1], k.shape[3], k)
+    else:
+        past = {sequence: cache.row(row) for row, sequence in enumerate(first)}
+        o = _attend_runs(sees, q, (k, v), layout.cu_seqlens, past)
     if not layout.keeps_state:
         return o, None
-    if cache is None:
-        cache = sees.empty(layout.rows, 0, k.shape[1], k.shape[3], k)
     left = torch.tensor([begin != end for begin, end in zip(first, last, strict=True)])
-    mine = [pieces[sequence] for sequence in last]
-    return o, sees.append_packed(cache.reset(left), (k, v), mine)
+    pieces = list(pairwise(layout.cu_seqlens.tolist()))
+    return o, sees.append_packed(cache.reset(left), (k, v), [pieces[index] for index in last])
+
+
+def attend_packed(sees: Full | Window, q: Tensor, kv: Pair, bounds: Tensor) -> Tensor:
+    """o `[1,H,total,d]` within each of the sequences of `bounds` `[N+1]`, which have no past."""
+    if _has_varlen(q, kv) and len(bounds.diff().unique()) > 1:
+        return _attend_varlen(sees, q, kv, bounds)
+    return _attend_runs(sees, q, kv, bounds, {})
+
+
+def _attend_runs(
+    sees: Full | Window, q: Tensor, kv: Pair, bounds: Tensor, past: dict[int, Pair]
+) -> Tensor:
+    """A batch for each run of sequences of one length: a view, nothing is copied.
+
+    `past`: keys and values before a sequence, which then is a batch of its own.
+    """
+    lengths = bounds.diff().tolist()
+    kinds = ((n, i if i in past else None) for i, n in enumerate(lengths) if n)
+    outputs, end = [], 0
+    for (length, index), run in groupby(kinds):
+        count = len(list(run))
+        begin, end = end, end + count * length
+        q_run, k_run, v_run = (
+            x[0, :, begin:end].unflatten(1, (count, length)).transpose(0, 1) for x in (q, *kv)
+        )
+        if index is not None:
+            k_run, v_run = (torch.cat(x, 2) for x in zip(past[index], (k_run, v_run), strict=True))
+        outputs.append(sees.attend(q_run, (k_run, v_run)).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).transpose(0, 1)[None]
+
+
+def _has_varlen(q: Tensor, kv: Pair) -> bool:
+    """Whether flash attention's kernel for sequences of different lengths can run here."""
+    if not q.is_cuda or q.shape[-1] % 8:
+        return False
+    grouped = q.shape[1] != kv[0].shape[1]
+    return can_use_flash_attention(SDPAParams(q, *kv, None, 0.0, True, grouped))
+
+
+def _attend_varlen(sees: Full | Window, q: Tensor, kv: Pair, bounds: Tensor) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    k, v = kv
+    group = q.shape[1] // k.shape[1]
+    if group > 1:  # not all versions take groups of heads
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    longest, bounds = int(bounds.diff().max()), bounds.to(q.device, torch.int32)
+    window = sees.tokens_back, 0
+    o = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window)
+    assert isinstance(o, Tensor)  # asked for more it is a tuple
+    return o.transpose(0, 1)[None]
 
 
 class AttentionBlock(Block):
