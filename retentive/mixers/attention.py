@@ -35,7 +35,8 @@ class Attention(nn.Module):
         self.head_dim = hidden_size // config.num_heads
         self.num_kv_heads = config.kv_heads
         kv_dim = config.kv_heads * self.head_dim
-        self.sees: Full | Window = Full() if config.window is None else Window(config.window)
+        window = config.window
+        self.mask: Mask = CausalMask() if window is None else SlidingWindow(window)
         self.q_proj = Linear(hidden_size, hidden_size, config.qkv_bias)
         self.k_proj = Linear(hidden_size, kv_dim, config.qkv_bias)
         self.v_proj = Linear(hidden_size, kv_dim, config.qkv_bias)
@@ -51,12 +52,12 @@ class Attention(nn.Module):
         k = rotate(k, angles.key_cos, angles.key_sin)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if layout.cu_seqlens is not None:
-            o, cache = _packed(self.sees, q, k, v, cache, layout)
+            o, cache = _packed(self.mask, q, k, v, cache, layout)
         elif cache is None:
-            o = self.sees.attend(q, (k, v))
-            cache = self.sees.cache((k, v)) if layout.keeps_state else None
+            o = self.mask.attend(q, (k, v))
+            cache = self.mask.cache((k, v)) if layout.keeps_state else None
         else:
-            o, cache = self.sees.go_on(q, (k, v), cache, layout)
+            o, cache = self.mask.go_on(q, (k, v), cache, layout)
         return self.o_proj(o.transpose(1, 2).flatten(-2)), cache
 
     def init_weights(
@@ -75,7 +76,7 @@ class Attention(nn.Module):
                 init.xavier_normal_(projection.weight, gain, generator)
 
 
-class Full:
+class CausalMask:
     """A token sees all tokens before it."""
 
     kind = KVCache.kind
@@ -100,7 +101,7 @@ class Full:
         return cache.append_packed(kv, pieces)
 
 
-class Window:
+class SlidingWindow:
     """A token sees the last `size` tokens, itself among them."""
 
     kind = WindowCache.kind
@@ -133,6 +134,9 @@ class Window:
         self, cache: WindowCache, kv: Pair, pieces: Sequence[tuple[int, int]]
     ) -> WindowCache:
         return cache.append_packed(kv, pieces, self.size - 1)
+
+
+Mask = CausalMask | SlidingWindow
 
 
 def attend(q: Tensor, kv: Pair, positions: Tensor | None = None) -> Tensor:
@@ -187,7 +191,7 @@ def _attend(q: Tensor, kv: Pair, mask: Tensor | None) -> Tensor:
 
 
 def _packed(
-    sees: Full | Window, q: Tensor, k: Tensor, v: Tensor, cache: Any, layout: Layout
+    mask: Mask, q: Tensor, k: Tensor, v: Tensor, cache: Any, layout: Layout
 ) -> tuple[Tensor, Any]:
     """Within each sequence. A row's cache enters one and afterwards holds the one it leaves by."""
     assert layout.cu_seqlens is not None
@@ -195,28 +199,26 @@ def _packed(
     first = list(rows) if layout.first is None else layout.first.tolist()
     last = list(rows) if layout.last is None else layout.last.tolist()
     if cache is None:
-        o = attend_packed(sees, q, (k, v), layout.cu_seqlens)
-        cache = sees.empty(layout.rows, 0, k.shape[1], k.shape[3], k)
+        o = attend_packed(mask, q, (k, v), layout.cu_seqlens)
+        cache = mask.empty(layout.rows, 0, k.shape[1], k.shape[3], k)
     else:
         past = {sequence: cache.row(row) for row, sequence in enumerate(first)}
-        o = _attend_runs(sees, q, (k, v), layout.cu_seqlens, past)
+        o = _attend_runs(mask, q, (k, v), layout.cu_seqlens, past)
     if not layout.keeps_state:
         return o, None
     left = torch.tensor([begin != end for begin, end in zip(first, last, strict=True)])
     pieces = list(pairwise(layout.cu_seqlens.tolist()))
-    return o, sees.append_packed(cache.reset(left), (k, v), [pieces[index] for index in last])
+    return o, mask.append_packed(cache.reset(left), (k, v), [pieces[index] for index in last])
 
 
-def attend_packed(sees: Full | Window, q: Tensor, kv: Pair, bounds: Tensor) -> Tensor:
+def attend_packed(mask: Mask, q: Tensor, kv: Pair, bounds: Tensor) -> Tensor:
     """o `[1,H,total,d]` within each of the sequences of `bounds` `[N+1]`, which have no past."""
     if _has_varlen(q, kv) and len(bounds.diff().unique()) > 1:
-        return _attend_varlen(sees, q, kv, bounds)
-    return _attend_runs(sees, q, kv, bounds, {})
+        return _attend_varlen(mask, q, kv, bounds)
+    return _attend_runs(mask, q, kv, bounds, {})
 
 
-def _attend_runs(
-    sees: Full | Window, q: Tensor, kv: Pair, bounds: Tensor, past: dict[int, Pair]
-) -> Tensor:
+def _attend_runs(mask: Mask, q: Tensor, kv: Pair, bounds: Tensor, past: dict[int, Pair]) -> Tensor:
     """A batch for each run of sequences of one length: a view, nothing is copied.
 
     `past`: keys and values before a sequence, which then is a batch of its own.
@@ -232,7 +234,7 @@ def _attend_runs(
         )
         if index is not None:
             k_run, v_run = (torch.cat(x, 2) for x in zip(past[index], (k_run, v_run), strict=True))
-        outputs.append(sees.attend(q_run, (k_run, v_run)).transpose(1, 2).flatten(0, 1))
+        outputs.append(mask.attend(q_run, (k_run, v_run)).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).transpose(0, 1)[None]
 
 
@@ -244,7 +246,7 @@ def _has_varlen(q: Tensor, kv: Pair) -> bool:
     return can_use_flash_attention(SDPAParams(q, *kv, None, 0.0, True, grouped))
 
 
-def _attend_varlen(sees: Full | Window, q: Tensor, kv: Pair, bounds: Tensor) -> Tensor:
+def _attend_varlen(mask: Mask, q: Tensor, kv: Pair, bounds: Tensor) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     k, v = kv
@@ -253,7 +255,7 @@ def _attend_varlen(sees: Full | Window, q: Tensor, kv: Pair, bounds: Tensor) -> 
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     longest, bounds = int(bounds.diff().max()), bounds.to(q.device, torch.int32)
-    window = sees.tokens_back, 0
+    window = mask.tokens_back, 0
     o = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window)
     assert isinstance(o, Tensor)  # asked for more it is a tuple
     return o.transpose(0, 1)[None]
@@ -285,9 +287,9 @@ class AttentionBlock(Block):
 
     def empty_state(self, batch: int, capacity: int | None, like: Tensor) -> LayerState:
         _, heads, head_dim = self.state_signature
-        return self.attention.sees.empty(batch, capacity or 0, heads, head_dim, like)
+        return self.attention.mask.empty(batch, capacity or 0, heads, head_dim, like)
 
     @property
     def state_signature(self) -> tuple[Any, ...]:
         attention = self.attention
-        return (attention.sees.kind, attention.num_kv_heads, attention.head_dim)
+        return (attention.mask.kind, attention.num_kv_heads, attention.head_dim)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retentive.layers.layout import Rotation, rotate
-from retentive.mixers.attention import Full, Window, attend_packed
+from retentive.mixers.attention import CausalMask, SlidingWindow, attend_packed
 from retentive.ops import retention, retention_step
 from retentive.ops.decay import log_decay
 
@@ -150,7 +150,7 @@ def test_decode_step(K, V, B, T, dtype):
     assert error(state, final) < WITHIN[torch.float32]
 
 
-@pytest.mark.parametrize("mask", [Full(), Window(100)], ids=["causal", "window"])
+@pytest.mark.parametrize("mask", [CausalMask(), SlidingWindow(100)], ids=["causal", "window"])
 def test_packed_attention_of_different_lengths_and_its_gradients(mask):
     bounds = torch.tensor([0, 700, 700, 701, 1024])
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retentive.mixers import attention
-from retentive.mixers.attention import Full, Window, attend_packed
+from retentive.mixers.attention import CausalMask, SlidingWindow, attend_packed
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
-MASKS = {"causal": Full(), "window": Window(3)}
+MASKS = {"causal": CausalMask(), "window": SlidingWindow(3)}
 LENGTHS = {
     "equal": [5, 5, 5],
     "one": [15],
@@ -76,7 +76,7 @@ def test_equal_sequences_are_one_batch(mask: str, calls: list[torch.Size]) -> No
 
 def test_a_run_of_equal_sequences_is_one_batch(calls: list[torch.Size]) -> None:
     q, k, v = qkv(15)
-    attend_packed(Full(), q, (k, v), bounds_of([5, 5, 2, 0, 3]))
+    attend_packed(CausalMask(), q, (k, v), bounds_of([5, 5, 2, 0, 3]))
     assert [shape[0] for shape in calls] == [2, 1, 1]
 
 
@@ -152,7 +152,7 @@ def test_equal_lengths_need_no_kernel_for_different_ones(
 ) -> None:
     monkeypatch.setattr(attention, "_has_varlen", lambda q, kv: True)
     q, k, v = qkv(15)
-    attend_packed(Full(), q, (k, v), bounds_of([5, 5, 5]))
+    attend_packed(CausalMask(), q, (k, v), bounds_of([5, 5, 5]))
     assert calls == [(3, 4, 5, 8)]
 
 
