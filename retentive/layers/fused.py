@@ -14,9 +14,23 @@ from torch.nn import functional as F
 from retentive.kernels.triton.available import unavailable
 from retentive.layers.layout import Angles, rotate
 
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x σ(1.702 x), by which GELU is sometimes approximated."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """The square of ReLU (arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "relu2": relu2,
     "swish": F.silu,
 }
 

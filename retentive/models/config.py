@@ -13,7 +13,7 @@ from retentive.fields import check_divisible, check_even, check_positive, check_
 from retentive.models.nested import NESTED, AttentionConfig, Quantization, from_fields
 from retentive.ops.decay import log_decay
 
-Activation = Literal["gelu", "gelu_tanh", "swish"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swish"]
 Norm = Literal["layernorm", "rmsnorm"]
 OptionalNorm = Literal["layernorm", "rmsnorm", "none"]
 BlockKind = Literal["pre-norm", "post-norm", "output-norm", "parallel"]
@@ -47,6 +47,8 @@ SPARSE = frozenset(
 class ModelConfig:
     """The fields that RetNet and the Transformer baseline share.
 
+    hidden_act       of the FFN: "gelu" and what approximates it, "gelu_tanh" and "quick_gelu",
+                     x σ(1.702 x); "relu" and its square "relu2"; "swish", also known as SiLU
     block            how a block joins its parts f, first the mixer of tokens, then the FFN, to X:
                      "pre-norm", a X + f(Norm(X)); "post-norm", Norm(a X + f(X)); "output-norm",
                      a X + Norm(f(X)); "parallel", a X + mixer(Norm₁(X)) + FFN(Norm₂(X))

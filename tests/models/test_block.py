@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from retentive.layers.fused import ACTIVATIONS
 from retentive.mixers.retention import FeedForward
 from retentive.models.block import JOINS
 from retentive.models.config import RetNetConfig
@@ -33,7 +34,7 @@ def test_a_block_joins_its_parts_as_its_name_says(kind, wanted) -> None:
     assert kept == "kept"
 
 
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "swish"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("subln", ["none", "layernorm", "rmsnorm"])
 def test_feed_forward(act: str, gated: bool, subln: str) -> None:
@@ -52,6 +53,9 @@ def test_feed_forward(act: str, gated: bool, subln: str) -> None:
         "gelu_tanh": lambda z: (
             z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))) / 2
         ),
+        "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
+        "relu": lambda z: z.clamp(min=0),
+        "relu2": lambda z: z.clamp(min=0) ** 2,
         "swish": lambda z: z * torch.sigmoid(z),
     }[act]
     inner = f(up) if gate is None else f(gate) * up
