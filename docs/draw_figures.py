@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.set_kernels("Agg")
 import matplotlib.pyplot as plt
 import torch
 

@@ -21,7 +21,7 @@ FORMS = ("parallel", "chunkwise", "recurrent")
 
 def logits(model: Any, tokens: Tensor, form: str) -> Tensor:
     """Of tokens `[B,T]`, read at once, or token by token with the state where it is recurrent."""
-    model.use(form=form, chunk_size=16 if form == "chunkwise" else None)
+    model.set_kernels(form=form, chunk_size=16 if form == "chunkwise" else None)
     if form != "recurrent":
         return model(tokens)[0]
     state, steps = None, []

@@ -27,6 +27,7 @@ from retentive.models.config import (
     TransformerConfig,
     config_from_dict,
 )
+from retentive.models.flat import written
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 OURS = tuple(
@@ -115,7 +116,7 @@ def rewrite(made: Plan, dialect: Dialect) -> Plan:
     """The same model written as `dialect` has it. InputError where that cannot say what it is."""
     config = made.config
     if not isinstance(config, RetNetConfig):
-        raise InputError(f"{dialect.name} holds RetNets; {made.source.given} is a Transformer")
+        raise InputError(f"{dialect.name} holds RetNets, which {made.source.given} is not")
     if config.quantization is not None:
         raise InputError(
             f"{dialect.name} holds no quantised weights; convert the model that"
@@ -132,10 +133,10 @@ def rewrite(made: Plan, dialect: Dialect) -> Plan:
                 pieces[head] = piece
     fields = {**dialect.config.written, **asdict(theirs), **_tokens(made.source)}
     constants = _constants(dialect, config)
-    written = replace(made, fields=fields, pieces=pieces, constants=constants)
-    _check_said(written, dialect, theirs)
+    back = replace(made, fields=fields, pieces=pieces, constants=constants)
+    _check_said(back, dialect, theirs)
     assert len(pieces) >= len(made.pieces), made.pieces.keys() - pieces.keys()
-    return written
+    return back
 
 
 def _check_said(made: Plan, dialect: Dialect, theirs: TheirConfig) -> None:
@@ -145,8 +146,10 @@ def _check_said(made: Plan, dialect: Dialect, theirs: TheirConfig) -> None:
         read = RetNetConfig.from_dict(theirs.to_ours(made))
     except InputError as error:
         raise InputError(f"{refusal}: {error}") from error
-    meant = asdict(made.config)
-    said = asdict(read) | {name: meant[name] for name in ("dropout", "initialization")}
+    meant = written(made.config, sparse=False)
+    said = written(read, sparse=False) | {
+        name: meant[name] for name in ("dropout", "initialization")
+    }
     if lost := [name for name in meant if said[name] != meant[name]]:
         reasons = [f"{name} is {meant[name]!r}, there {said[name]!r}" for name in lost[:3]]
         raise InputError(

@@ -16,8 +16,8 @@ from retentive.errors import InputError
 
 CONFIG = "config.json"
 INDEX = ".index.json"
-# What libraries call the weights in a folder, the best first.
 WRAPPED = "decoder."  # begins every name where fairseq's model is around the decoder
+# What libraries call the weights in a folder, the best first.
 NAMES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pt", "model.pt")
 
 

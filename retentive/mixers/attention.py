@@ -6,10 +6,12 @@ Shapes: B rows, T tokens, S keys, D width, H query heads, G key-value heads, d h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 from torch.nn import init
 
@@ -89,7 +91,8 @@ class Attention(Mixer):
         self.head_dim = hidden_size // config.num_heads
         kv_dim = config.kv_heads * self.head_dim
         self.rotation = Rotation(self.head_dim, "rope", config.rope_theta)
-        self.sees: Full | Window = Full() if config.window is None else Window(config.window)
+        window = config.window
+        self.mask: Mask = CausalMask() if window is None else SlidingWindow(window)
         self.grows = config.window is None
         self.q_proj = Linear(hidden_size, hidden_size, config.qkv_bias)
         self.k_proj = Linear(hidden_size, kv_dim, config.qkv_bias)
@@ -109,23 +112,23 @@ class Attention(Mixer):
         # Attend, with heads before tokens: o [B,H,T,d]
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if layout.cu_seqlens is not None:
-            o, state = _packed(self.sees, q, k, v, state, layout)
+            o, state = _packed(self.mask, q, k, v, state, layout)
         elif state is None:
-            o = self.sees.attend(q, (k, v))
-            state = self.sees.cache((k, v)) if layout.keeps_state else None
+            o = self.mask.attend(q, (k, v))
+            state = self.mask.cache((k, v)) if layout.keeps_state else None
         else:
-            o, state = self.sees.go_on(q, (k, v), state, layout)
+            o, state = self.mask.go_on(q, (k, v), state, layout)
 
         # Re-assemble the heads and project back to the residual stream [B,T,D]
         return self.o_proj(o.transpose(1, 2).flatten(-2)), state
 
     def empty_state(self, rows: int, like: Tensor, capacity: int = 0) -> KVCache | WindowCache:
-        return self.sees.empty(rows, capacity, self.num_kv_heads, self.head_dim, like)
+        return self.mask.empty(rows, capacity, self.num_kv_heads, self.head_dim, like)
 
     def restore_state(
         self, tensors: dict[str, Tensor], lengths: list[int]
     ) -> KVCache | WindowCache:
-        return self.sees.restore(tensors, lengths)
+        return self.mask.restore(tensors, lengths)
 
     def init_weights(
         self, initialization: str, depth: int, generator: torch.Generator | None = None
@@ -145,14 +148,16 @@ class Attention(Mixer):
     # What reports ask
 
     def state_bytes(self, context: int, dtype: torch.dtype) -> int:
-        held = self.sees.held(context)
+        held = self.mask.held(context)
         return 2 * held * self.num_kv_heads * self.head_dim * dtype.itemsize
 
     def mixing_flops(self, context: float) -> float:
-        return attention_flops(self.num_heads, self.head_dim, self.sees.seen(context))
+        return attention_flops(self.num_heads, self.head_dim, self.mask.seen(context))
 
     def describe(self) -> str:
-        window = "" if isinstance(self.sees, Full) else f", a window of {self.sees.size} tokens"
+        window = (
+            "" if isinstance(self.mask, CausalMask) else f", a window of {self.mask.size} tokens"
+        )
         heads = f"{self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} of keys and values"
         return f"attention, {heads}{window}"
 
@@ -162,8 +167,10 @@ def attention_flops(heads: int, head_dim: int, context: float) -> float:
     return 4 * context * heads * head_dim
 
 
-class Full:
+class CausalMask:
     """A token sees all tokens before it."""
+
+    tokens_back = -1  # to the first one, as torch says it
 
     def empty(self, rows: int, capacity: int, heads: int, head_dim: int, like: Tensor) -> KVCache:
         return KVCache.empty(rows, capacity, heads, head_dim, like)
@@ -195,11 +202,12 @@ class Full:
         return cache.append_packed(kv, pieces)
 
 
-class Window:
+class SlidingWindow:
     """A token sees the last `size` tokens, itself among them."""
 
     def __init__(self, size: int):
         self.size = size
+        self.tokens_back = size - 1
 
     def empty(
         self, rows: int, capacity: int, heads: int, head_dim: int, like: Tensor
@@ -234,6 +242,9 @@ class Window:
         self, cache: WindowCache, kv: Pair, pieces: Sequence[tuple[int, int]]
     ) -> WindowCache:
         return cache.append_packed(kv, pieces, self.size - 1)
+
+
+Mask = CausalMask | SlidingWindow
 
 
 def attend(q: Tensor, kv: Pair, positions: Tensor | None = None) -> Tensor:
@@ -288,29 +299,71 @@ def _attend(q: Tensor, kv: Pair, mask: Tensor | None) -> Tensor:
 
 
 def _packed(
-    sees: Full | Window, q: Tensor, k: Tensor, v: Tensor, cache: Any, layout: Layout
+    mask: Mask, q: Tensor, k: Tensor, v: Tensor, cache: Any, layout: Layout
 ) -> tuple[Tensor, Any]:
-    """Sequence by sequence. A row's cache enters one and afterwards holds the one it leaves by."""
+    """Within each sequence. A row's cache enters one and afterwards holds the one it leaves by."""
     assert layout.cu_seqlens is not None
-    pieces = layout.pieces()
     rows = range(layout.rows)
     first = list(rows) if layout.first is None else layout.first.tolist()
     last = list(rows) if layout.last is None else layout.last.tolist()
-    entering = {} if cache is None else {sequence: row for row, sequence in enumerate(first)}
-    outputs = []
-    for sequence, (begin, end) in enumerate(pieces):
-        if begin == end:
-            continue
-        q_here, k_here, v_here = (x[:, :, begin:end] for x in (q, k, v))
-        if cache is not None and sequence in entering:
-            k_past, v_past = cache.row(entering[sequence])
-            k_here, v_here = torch.cat((k_past, k_here), 2), torch.cat((v_past, v_here), 2)
-        outputs.append(sees.attend(q_here, (k_here, v_here)))
-    o = torch.cat(outputs, 2)
+    if cache is None:
+        o = attend_packed(mask, q, (k, v), layout.cu_seqlens)
+        cache = mask.empty(layout.rows, 0, k.shape[1], k.shape[3], k)
+    else:
+        past = {sequence: cache.row(row) for row, sequence in enumerate(first)}
+        o = _attend_runs(mask, q, (k, v), layout.cu_seqlens, past)
     if not layout.keeps_state:
         return o, None
-    if cache is None:
-        cache = sees.empty(layout.rows, 0, k.shape[1], k.shape[3], k)
     left = torch.tensor([begin != end for begin, end in zip(first, last, strict=True)])
-    mine = [pieces[sequence] for sequence in last]
-    return o, sees.append_packed(cache.emptied(left), (k, v), mine)
+    pieces = layout.pieces()
+    return o, mask.append_packed(cache.emptied(left), (k, v), [pieces[index] for index in last])
+
+
+def attend_packed(mask: Mask, q: Tensor, kv: Pair, bounds: Tensor) -> Tensor:
+    """o `[1,H,total,d]` within each of the sequences of `bounds` `[N+1]`, which have no past."""
+    if _has_varlen(q, kv) and len(bounds.diff().unique()) > 1:
+        return _attend_varlen(mask, q, kv, bounds)
+    return _attend_runs(mask, q, kv, bounds, {})
+
+
+def _attend_runs(mask: Mask, q: Tensor, kv: Pair, bounds: Tensor, past: dict[int, Pair]) -> Tensor:
+    """A batch for each run of sequences of one length: a view, nothing is copied.
+
+    `past`: keys and values before a sequence, which then is a batch of its own.
+    """
+    lengths = bounds.diff().tolist()
+    kinds = ((n, i if i in past else None) for i, n in enumerate(lengths) if n)
+    outputs, end = [], 0
+    for (length, index), run in groupby(kinds):
+        count = len(list(run))
+        begin, end = end, end + count * length
+        q_run, k_run, v_run = (
+            x[0, :, begin:end].unflatten(1, (count, length)).transpose(0, 1) for x in (q, *kv)
+        )
+        if index is not None:
+            k_run, v_run = (torch.cat(x, 2) for x in zip(past[index], (k_run, v_run), strict=True))
+        outputs.append(mask.attend(q_run, (k_run, v_run)).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).transpose(0, 1)[None]
+
+
+def _has_varlen(q: Tensor, kv: Pair) -> bool:
+    """Whether flash attention's kernel for sequences of different lengths can run here."""
+    if not q.is_cuda or q.shape[-1] % 8:
+        return False
+    grouped = q.shape[1] != kv[0].shape[1]
+    return can_use_flash_attention(SDPAParams(q, *kv, None, 0.0, True, grouped))
+
+
+def _attend_varlen(mask: Mask, q: Tensor, kv: Pair, bounds: Tensor) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    k, v = kv
+    group = q.shape[1] // k.shape[1]
+    if group > 1:  # not all versions take groups of heads
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    longest, bounds = int(bounds.diff().max()), bounds.to(q.device, torch.int32)
+    window = mask.tokens_back, 0
+    o = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window)
+    assert isinstance(o, Tensor)  # asked for more it is a tuple
+    return o.transpose(0, 1)[None]

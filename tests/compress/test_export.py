@@ -18,6 +18,7 @@ from retentive.compress.export import PIECE, TOLERANCE, check, export
 from retentive.compress.export_formats import FORMATS, Format
 from retentive.data.tokenizer import END, save_tokenizer
 from retentive.errors import InputError
+from retentive.layers.activations import ACTIVATIONS
 from retentive.mixers.attention import AttentionConfig
 from retentive.models.checkpoint import load, save_model
 from retentive.models.config import RetNetConfig, TransformerConfig
@@ -129,6 +130,21 @@ def test_angles_are_exact_at_a_million(exported, runs, graph):
     with torch.no_grad():
         _, after = exact(tokens, RetNetState(state.positions, exact.init_state(2).layers))
     assert distance(first, after.layers[0]["S"]) <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # by the exporter, of itself
+def test_every_activation_has_its_operations_in_onnx():
+    """Of one small module: a graph of a model takes seconds."""
+
+    class Activations(torch.nn.Module):
+        def forward(self, x):
+            return [activated(x) for activated in ACTIVATIONS.values()]
+
+    x = torch.linspace(-5, 5, 101)
+    program = torch.export.export(Activations(), (x,))
+    graph = torch.onnx.export(program, dynamo=True, verbose=False)
+    for name, given in zip(ACTIVATIONS, graph(x), strict=True):
+        torch.testing.assert_close(given, ACTIVATIONS[name](x), msg=name)
 
 
 def test_a_prompt_may_come_in_pieces(exported, runs):

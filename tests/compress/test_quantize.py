@@ -217,7 +217,7 @@ def test_the_forms_agree(name, bits, tokens):
     chunkwise, _ = made.set_kernels(form="chunkwise", chunk_size=16)(tokens)
     state, pieces = None, []
     for token in tokens.split(1, 1):
-        logits, state = made.use()(token, state)
+        logits, state = made.set_kernels()(token, state)
         pieces.append(logits)
     assert typical(chunkwise, parallel) < 8 * BF16
     assert typical(torch.cat(pieces, 1), parallel) < 8 * BF16

@@ -65,7 +65,7 @@ Q = "model.layers.0.attn.q_proj.weight"
 
 def test_the_source_is_fine_before_it_is_spoiled(source, tmp_path):
     assert main(["convert", str(source), str(tmp_path / "out")]) == 0
-    assert retentive.load(tmp_path / "out").config.attention_layers == (1,)
+    assert retentive.load(tmp_path / "out").config.other_layers == (1,)
 
 
 def test_a_source_that_is_not_there(refused, tmp_path):

@@ -125,6 +125,7 @@ POST_NORM = {"block": "post-norm", "final_norm": False}
         ("torchscale", TORCHSCALE | DEEPNORM),
         ("torchscale", TORCHSCALE | DEEPNORM | POST_NORM | {"hidden_act": "gelu"}),
         ("torchscale", TORCHSCALE | POST_NORM | {"tie_word_embeddings": True}),
+        ("torchscale", TORCHSCALE | {"hidden_act": "relu"}),
         ("torchscale", TORCHSCALE | {"embed_scale": 24**0.5, "embed_norm": True, "value_dim": 40}),
     ],
 )

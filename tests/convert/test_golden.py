@@ -4,7 +4,6 @@ The bounds: float32 logits of 1 to 7 after two or three layers, the original's o
 to 1e-5 off; in float64 what the decays and angles in the files, float32, are off (2e-6).
 """
 
-import dataclasses
 import runpy
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from retentive.convert.plan import plan
 from retentive.convert.source import open_source
 from retentive.models.build import empty_model
 from retentive.models.config import RetNetConfig
+from retentive.models.flat import written
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = sorted((Path(__file__).parent / "golden").iterdir())
@@ -64,7 +64,7 @@ BIASES = "qkv_bias gate_bias out_bias ffn_bias head_bias head_norm_affine".split
 
 def flips(config: RetNetConfig) -> dict[str, Any]:
     """A wrong value for each field that has a say in what this model computes."""
-    fields = vars(config)
+    fields = written(config, sparse=False)
     found = {
         name: next(value for value in values if value != fields[name])
         for name, values in WRONG.items()
@@ -77,8 +77,8 @@ def flips(config: RetNetConfig) -> dict[str, Any]:
         found["embed_scale"] = 2 * config.embed_scale
     if config.tie_word_embeddings:
         found["tie_word_embeddings"] = False
-    if isinstance(config.decay, tuple):  # stored: perhaps of a rule, but not said to be
-        found["decay"] = tuple(1.1 * rate for rate in config.decay)
+    if isinstance(config.mixer.decay, tuple):  # stored: perhaps of a rule, but not said to be
+        found["decay"] = tuple(1.1 * rate for rate in config.mixer.decay)
         del found["num_heads"]
     return found
 
@@ -90,7 +90,7 @@ def test_a_wrong_field_shows(folder):
     unseen = {}
     for name, value in flips(made.config).items():
         changes = {name: value} | ({"gate_bias": False} if name == "gate" else {})
-        config = dataclasses.replace(made.config, **changes)
+        config = type(made.config).from_dict({**made.config.to_dict(), **changes})
         model = retentive.RetNet(config).double().eval()
         shapes = {key: weight.shape for key, weight in model.state_dict().items()}
         given = {key: x for key, x in weights.items() if x.shape == shapes.get(key)}
@@ -109,7 +109,7 @@ def test_other_rows_show(folder):
     weights = {key: value.double() for key, value in made.stream()}
     for key in weights:
         if ".q_proj." in key or ".k_proj." in key:
-            rows = weights[key].unflatten(0, (-1, made.config.qk_head_dim))
+            rows = weights[key].unflatten(0, (-1, made.config.mixer.qk_head_dim))
             weights[key] = torch.cat((rows[:, ::2], rows[:, 1::2]), 1).flatten(0, 1)
     model.load_state_dict(weights, assign=True)
     assert compare["difference"](model.eval(), folder, "parallel") > 0.1

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retentive.layers.rotation import Rotation, rotate
+from retentive.mixers.attention import CausalMask, SlidingWindow, attend_packed
 from retentive.ops import retention, retention_step
 from retentive.ops.decay import log_decay
 
@@ -147,3 +148,20 @@ def test_decode_step(K, V, B, T, dtype):
     )  # fmt: skip
     assert error(y, exact) < WITHIN[dtype]
     assert error(state, final) < WITHIN[torch.float32]
+
+
+@pytest.mark.parametrize("mask", [CausalMask(), SlidingWindow(100)], ids=["causal", "window"])
+def test_packed_attention_of_different_lengths_and_its_gradients(mask):
+    bounds = torch.tensor([0, 700, 700, 701, 1024])
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (
+            random(1, heads, 1024, 64, dtype=torch.bfloat16, seed=seed).to(dtype).requires_grad_()
+            for seed, heads in enumerate((8, 4, 4))
+        )
+        o = attend_packed(mask, q, (k, v), bounds)
+        do = random(1, 8, 1024, 64, dtype=torch.bfloat16, seed=3).to(dtype)
+        return [o, *torch.autograd.grad(o, (q, k, v), do)]
+
+    for result, exact in zip(run(torch.bfloat16), run(torch.float64), strict=True):
+        assert error(result, exact) < WITHIN[torch.bfloat16]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from retentive.layers.activations import ACTIVATIONS
 from retentive.layers.feed_forward import FeedForward
 from retentive.models.block import RESIDUALS
 from retentive.models.config import RetNetConfig
@@ -34,7 +35,7 @@ def test_the_residual_wiring_is_what_its_name_says(kind, wanted) -> None:
     assert kept == "kept"
 
 
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "swish"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("subln", ["none", "layernorm", "rmsnorm"])
 def test_feed_forward(act: str, gated: bool, subln: str) -> None:
@@ -53,6 +54,9 @@ def test_feed_forward(act: str, gated: bool, subln: str) -> None:
         "gelu_tanh": lambda z: (
             z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))) / 2
         ),
+        "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
+        "relu": lambda z: z.clamp(min=0),
+        "relu2": lambda z: z.clamp(min=0) ** 2,
         "swish": lambda z: z * torch.sigmoid(z),
     }[act]
     inner = f(up) if gate is None else f(gate) * up

@@ -151,7 +151,7 @@ def test_attention_may_be_given_by_its_fields() -> None:
     ("fields", "words"),
     [
         ({"hiden_size": 3}, ["'hiden_size'", "'hidden_size'"]),
-        ({"hidden_act": "swich"}, ["'swich'", "did you mean 'swish'", "gelu_tanh or swish"]),
+        ({"hidden_act": "swich"}, ["'swich'", "did you mean 'swish'", "relu2 or swish"]),
         ({"decay": "powr"}, ["'powr'", "did you mean 'power'", "a list of numbers"]),
         ({"decay": [-0.1]}, ["1 log decays", "2 heads"]),
         ({"decay": [0.1, 0.0]}, ["≤ 0"]),

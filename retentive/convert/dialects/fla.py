@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
+from retentive.convert.activations import TRANSFORMERS_NAMES, activation
 from retentive.convert.dialect import (
     Checkpoint,
     Dialect,
@@ -82,8 +83,7 @@ class FlaConfig(TheirConfig):
     attnres_block_size: int | None = None
 
     def to_ours(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        self.only(hidden_act="swish", feature_map=None, use_short_conv=False)
-        self.only(attnres_block_size=None)
+        self.only(feature_map=None, use_short_conv=False, attnres_block_size=None)
         hybrid = None if self.attn is None else FlaAttention.read(self.attn, "attn")
         return {
             "vocab_size": self.vocab_size,
@@ -101,6 +101,7 @@ class FlaConfig(TheirConfig):
             "head_norm_affine": bool(self.elementwise_affine),
             "head_norm_eps": self.norm_eps,
             "gate": self.use_output_gate,
+            "gate_act": self._gate_act(),
             "gated_ffn": True,
             "hidden_act": "swish",
             "intermediate_size": self.intermediate_size or self._ffn_dim(),
@@ -110,6 +111,10 @@ class FlaConfig(TheirConfig):
             "attention_layers": () if hybrid is None else tuple(sorted(set(hybrid.layers))),
             "tie_word_embeddings": self.tie_word_embeddings,
         }
+
+    def _gate_act(self) -> str:
+        self.only(hidden_act="swish")
+        return "swish"
 
     def _ffn_dim(self) -> int:
         return 256 * -(-int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3) // 256)
@@ -133,6 +138,14 @@ class FlaConfig(TheirConfig):
             attn=hybrid,
             tie_word_embeddings=config.tie_word_embeddings,
         )
+
+
+@dataclass(frozen=True)
+class FlaFusedFfnConfig(FlaConfig):
+    """`hidden_act` was that of the gate; its FFN was always activated by swish."""
+
+    def _gate_act(self) -> str:
+        return activation("hidden_act", self.hidden_act, TRANSFORMERS_NAMES)
 
 
 def _ratio(dim: int, width: int) -> float:
@@ -202,6 +215,7 @@ FLA_FUSED_FFN = replace(
     FLA,
     name="fla-fused-ffn",
     title="flash-linear-attention's of before February 2025",
+    config=FlaFusedFfnConfig,
     weights=(*COMMON, *FUSED_FFN),
     evidence=evidence_of_fused_ffn,
 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retentive.convert.activations import TORCHSCALE_NAMES, activation
 from retentive.convert.dialect import Checkpoint, Dialect, TheirConfig, Weight, find_key
 from retentive.convert.dialects import torchscale
 from retentive.convert.source import Source
@@ -50,7 +51,7 @@ class SyncdothConfig(TheirConfig):
             "num_heads": self.decoder_retention_heads,
             "value_dim": self.decoder_value_embed_dim,
             "intermediate_size": self.decoder_ffn_embed_dim,
-            "hidden_act": torchscale.activation(self.activation_fn),
+            "hidden_act": activation("activation_fn", self.activation_fn, TORCHSCALE_NAMES),
             "gated_ffn": self.use_glu,
             "ffn_bias": plain,
             "ffn_subln": subln if plain and self.subln and not self.deepnorm else "none",

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from retentive.convert.activations import TORCHSCALE_NAMES, activation
 from retentive.convert.dialect import (
     Checkpoint,
     Constant,
@@ -22,7 +23,6 @@ from retentive.convert.dialect import (
     half_pairs,
 )
 from retentive.convert.source import Source
-from retentive.errors import InputError
 from retentive.models.config import RetNetConfig
 
 
@@ -65,7 +65,7 @@ class TorchscaleConfig(TheirConfig):
             "num_heads": self.decoder_retention_heads,
             "value_dim": self.decoder_value_embed_dim,
             "intermediate_size": self.decoder_ffn_embed_dim,
-            "hidden_act": activation(self.activation_fn),
+            "hidden_act": activation("activation_fn", self.activation_fn, TORCHSCALE_NAMES),
             "gated_ffn": True,
             "block": "pre-norm" if pre_norm else "post-norm",
             "final_norm": pre_norm,
@@ -122,12 +122,6 @@ def vocabulary(given: int, checkpoint: Checkpoint) -> int:
     """-1 where it is not given: fairseq has it from a dictionary, and so have the weights."""
     embedding = checkpoint.tensors.get("embed_tokens.weight")
     return given if given >= 0 or embedding is None else embedding.shape[0]
-
-
-def activation(name: str) -> str:
-    if name not in ("gelu", "swish"):
-        raise InputError(f"activation_fn is {name!r}; known here are gelu and swish")
-    return name
 
 
 def gated(config: RetNetConfig) -> bool:

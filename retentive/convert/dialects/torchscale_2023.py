@@ -5,6 +5,7 @@ everywhere, a plain FFN with a norm inside, values of twice the width.
 from dataclasses import dataclass
 from typing import Any
 
+from retentive.convert.activations import TORCHSCALE_NAMES, activation
 from retentive.convert.dialect import Checkpoint, Dialect, TheirConfig, Weight, find_key
 from retentive.convert.dialects import torchscale
 from retentive.convert.source import Source
@@ -43,7 +44,7 @@ class Torchscale2023Config(TheirConfig):
             "num_heads": self.decoder_retention_heads,
             "value_dim": 2 * self.decoder_embed_dim,
             "intermediate_size": self.decoder_ffn_embed_dim,
-            "hidden_act": torchscale.activation(self.activation_fn),
+            "hidden_act": activation("activation_fn", self.activation_fn, TORCHSCALE_NAMES),
             "gated_ffn": False,
             "head_norm": "layernorm",
             "head_norm_eps": 1e-6,

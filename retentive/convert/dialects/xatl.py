@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retentive.convert.activations import XATL_NAMES, activation
 from retentive.convert.dialect import Checkpoint, Constant, Dialect, TheirConfig, Weight
 from retentive.convert.dialects import torchscale
 from retentive.convert.source import CONFIG, Source
@@ -64,7 +65,7 @@ class XatlConfig(TheirConfig):
             "num_heads": self.decoder_retention_heads,
             "value_dim": self.decoder_value_embed_dim,
             "intermediate_size": self.decoder_ffn_embed_dim,
-            "hidden_act": self._activation(),
+            "hidden_act": activation("activation_fn", self.activation_fn, XATL_NAMES),
             "gated_ffn": self.use_glu,
             "decay": self._decay(checkpoint),
             "rotary_dim": self._rotary_dim(),
@@ -87,12 +88,6 @@ class XatlConfig(TheirConfig):
             "head_bias": self.lm_head_bias,
             "tie_word_embeddings": self.tie_word_embeddings,
         }
-
-    def _activation(self) -> str:
-        """gelu_new is what Hugging Face calls the approximation by tanh."""
-        if self.activation_fn == "gelu_new":
-            return "gelu_tanh"
-        return torchscale.activation(self.activation_fn)
 
     def _decay(self, checkpoint: Checkpoint) -> str | tuple[float, ...]:
         """As it is stored, log₂ γ: `use_lm_decay` computes something else than its name says."""

@@ -5,6 +5,7 @@ everywhere and an activation that is the gate's as well, and no norm before the 
 from dataclasses import dataclass
 from typing import Any
 
+from retentive.convert.activations import TORCHSCALE_NAMES, activation
 from retentive.convert.dialect import (
     Checkpoint,
     Constant,
@@ -16,7 +17,6 @@ from retentive.convert.dialect import (
 )
 from retentive.convert.dialects import torchscale
 from retentive.convert.source import Source
-from retentive.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class YetAnotherConfig(TheirConfig):
     layer_norm_eps: float = 1e-6
 
     def to_ours(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        if self.activation not in ("gelu", "swish"):
-            raise InputError(f"activation is {self.activation!r}; known here are gelu and swish")
+        act = activation("activation", self.activation, TORCHSCALE_NAMES)
         return {
             "vocab_size": self.num_tokens,
             "hidden_size": self.d_model,
@@ -43,10 +42,10 @@ class YetAnotherConfig(TheirConfig):
             "qk_dim": self.d_model,
             "value_dim": self.d_model,
             "intermediate_size": self.dim_feedforward,
-            "hidden_act": self.activation,
+            "hidden_act": act,
             "gated_ffn": False,
             "gate": True,
-            "gate_act": self.activation,
+            "gate_act": act,
             "decay": "linspace",
             "rotation": "official",
             "rotation_base": 10000.0,

@@ -15,6 +15,7 @@ of rows each, then added up by torch, so that they are the same in every run.
 # A kernel's constexpr parameters take plain values, its others unpacked strides.
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import triton
@@ -24,7 +25,7 @@ from torch import Tensor
 from retentive.kernels.triton.cases import OPTIONS, Case
 
 NORMS = ("layernorm", "rmsnorm", "none")
-ACTIVATIONS = ("swish", "gelu", "gelu_tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swish")
 TILE = 2048  # elements of a program of the forward
 BACKWARD_TILE, TILES = 1024, 32  # and of the backward, which takes so many, one after the other
 
@@ -59,6 +60,14 @@ def activated(g, ACT: tl.constexpr):
     if ACT == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2u)
         s = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
         return g * s, s + g * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+    if ACT == "quick_gelu":
+        s = tl.sigmoid(1.702 * g)
+        return g * s, s + g * s * (1.0 - s) * 1.702
+    if ACT == "relu":
+        return tl.where(g < 0.0, 0.0, g), tl.where(g > 0.0, 1.0, 0.0)  # NaN stays NaN
+    if ACT == "relu2":
+        r = tl.where(g < 0.0, 0.0, g)
+        return r * r, 2.0 * r
     s = tl.sigmoid(g)
     return g * s, s * (1.0 + g * (1.0 - s))
 
@@ -260,13 +269,16 @@ def cases(capability: int) -> Iterator[Case]:
         ("norm_gate", _forward_kernel, TILE),
         ("norm_gate_backward", _backward_kernel, BACKWARD_TILE),
     )
-    for V in (16, 128, 256, 512):
-        for norm, act in (("layernorm", "swish"), ("rmsnorm", "gelu")):
-            for name, kernel, elements in kernels:
-                yield Case(
-                    f"{name}[V{V} {norm} {act}]",
-                    kernel,
-                    types,
-                    {"NORM": norm, "ACT": act, "TILES": TILES, **_tile(V, elements)},
-                    quick=V == 512 and norm == "layernorm",
-                )
+    ends = [
+        *product((16, 128, 256, 512), (("layernorm", "swish"), ("rmsnorm", "gelu"))),
+        *((128, ("none", act)) for act in ACTIVATIONS),
+    ]
+    for V, (norm, act) in ends:
+        for name, kernel, elements in kernels:
+            yield Case(
+                f"{name}[V{V} {norm} {act}]",
+                kernel,
+                types,
+                {"NORM": norm, "ACT": act, "TILES": TILES, **_tile(V, elements)},
+                quick=V == 512 and norm == "layernorm",
+            )

@@ -84,7 +84,7 @@ def test_backward(operands, random, norm, affine, gated, monkeypatch):
             assert error(x.grad, reference.grad) < 2 * WITHIN[torch.float32]
 
 
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 def test_other_activations(operands, random, act):
     inputs = operands("rmsnorm", True, True, (1, 33, 2, 16), torch.float32)
     inputs[1] *= 2  # into the tails
