@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.set_kernels("Agg")
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 

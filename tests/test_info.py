@@ -69,7 +69,8 @@ def test_a_hybrid(info, tmp_path):
     save_model(hybrid, tmp_path)
     code, out, _ = info(tmp_path)
     assert code == 0
-    assert "attention to the last 101 tokens in layers 1 (from 0)" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert "in layers 1 (from 0) attention, 4 heads of 16" in said and "a window of 101" in said
     names = [row[0] for row in rows(out)]
     assert "retention" in names and "attention" in names
     assert ["all", f"{hybrid.num_parameters():,}", ""] in rows(out)

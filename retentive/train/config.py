@@ -90,7 +90,7 @@ class ModelOptions:
         sizes = {} if self.size is None else dict(named_size(self.size))
         if cls is not RetNetConfig:
             sizes.pop("num_heads", None)  # of retention
-        fields = {"vocab_size": vocab_size, **sizes, **self.fields}
+        fields = {**sizes, "vocab_size": vocab_size, **self.fields}
         if self.kind == "retnet" and self.num_kv_heads is not None:
             fields["num_kv_heads"] = self.num_kv_heads
         return cls.from_dict(nest(fields))

@@ -19,10 +19,11 @@ from retentive.data.batches import BatchOrder
 from retentive.data.dataset import prepare
 from retentive.errors import InputError
 from retentive.io.tensors import read_tensors
+from retentive.models.build import build_model
 from retentive.models.counts import parameters
 from retentive.ops.decay import log_decay
 from retentive.train.metrics import read_metrics
-from retentive.train.trainer import Diverged, Trainer, new_model
+from retentive.train.trainer import Diverged, Trainer
 
 WORDS = "the state of a retention network decays and never grows with what it has read".split()
 TINY = Recipe(
@@ -123,7 +124,7 @@ def test_variants_differ_from_the_retnet_in_what_they_are_named_for():
     )
     assert configs["small-heads"].qk_head_dim == configs["retnet"].qk_head_dim // 4
     with torch.device("meta"):
-        assert new_model(configs["no-gate"]).layers[0].retention.g_proj is None
+        assert build_model(configs["no-gate"]).layers[0].retention.g_proj is None
 
 
 def test_the_sweep_comes_first_then_the_other_seeds_at_the_best_rate(options):

@@ -17,13 +17,14 @@ from retentive.cli import main
 from retentive.compress import quantize_command
 from retentive.compress.quantize import quantize, quantize_weight
 from retentive.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
-from retentive.decoding.program import ProgramRunner
+from retentive.decoding.program_runner import ProgramRunner
 from retentive.decoding.runner import runner
 from retentive.errors import InputError
 from retentive.kernels.cpu.available import available
 from retentive.layers import quantized
 from retentive.layers.quantized import MANY_ROWS, QuantizedLinear, pack_nibbles, unpack_nibbles
 from retentive.mixers.attention import AttentionConfig
+from retentive.mixers.state import TensorState
 from retentive.models.checkpoint import load_config, save_model
 from retentive.models.config import Quantization, RetNetConfig, TransformerConfig
 from retentive.models.fingerprint import fingerprint
@@ -232,7 +233,7 @@ def test_a_step_multiplies_by_the_very_weights(name, bits, tokens):
     exact = dequantized(made).double()
     _, state = exact(tokens[:, :8])
     expected, _ = exact(tokens[:, 8:], state)
-    layers = [type(layer)(layer["S"].float()) for layer in state.layers]
+    layers = [TensorState("retention", {"S": layer["S"].float()}) for layer in state.layers]
     decoding = runner(made, type(state)(state.positions, layers))
     assert isinstance(decoding, ProgramRunner) or not available()
     logits = torch.stack([decoding.step(token) for token in tokens[:, 8:].unbind(1)], 1)

@@ -10,9 +10,9 @@ import torch
 from retentive.cli import main
 from retentive.data.tokenizer import TextTokenizer, byte_tokenizer, end_id
 from retentive.eval import recall
-from retentive.eval.figures import half_lives
 from retentive.eval.recall import Mqar, Passkey, ask_along
 from retentive.eval.recall_report import Answer, Score
+from retentive.models.counts import half_lives
 
 from .conftest import build, report, write_model
 

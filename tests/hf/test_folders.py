@@ -25,7 +25,7 @@ import retentive.hf as hf
 from retentive.compress.quantize import quantize
 from retentive.data.tokenizer import END, load_tokenizer, save_tokenizer
 from retentive.errors import InputError
-from retentive.layers.layout import Constant
+from retentive.layers.rotation import Constant
 from retentive.models.checkpoint import load, load_config, save_model
 from retentive.models.config import BOOKKEEPING
 from retentive.models.retnet import RetNet

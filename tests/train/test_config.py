@@ -28,7 +28,7 @@ def test_a_file_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path):
     assert config.optimizer.betas == (0.9, 0.98)
     model = config.model.build(vocab_size=300)
     assert isinstance(model, RetNetConfig)
-    assert (model.hidden_size, model.value_dim, model.vocab_size) == (64, 128, 300)
+    assert (model.hidden_size, model.mixer.value_dim, model.vocab_size) == (64, 128, 300)
 
 
 def test_a_table_survives_the_way_through_json(table: dict[str, Any]):
@@ -41,7 +41,7 @@ def test_the_transformer_takes_the_same_table():
     table = {"model": {"size": "200m", "kind": "transformer", "num_kv_heads": 4}}
     model = RunConfig.from_table(table).model.build(vocab_size=1000)
     assert isinstance(model, TransformerConfig)
-    assert model.num_kv_heads == 4
+    assert model.mixer.num_kv_heads == 4
     retnet = RetNetConfig.named("200m", vocab_size=1000)
     assert sum(parameters(model).values()) == pytest.approx(
         sum(parameters(retnet).values()), rel=0.01
@@ -63,7 +63,7 @@ def test_every_key_can_be_given_on_the_command_line(tmp_path: Path):
     assert config.data.tokenizer == "123"
     assert config.train.compile is True
     assert config.train.sample_prompt == "[a"
-    assert config.model.build(1).decay == (-0.5, -1, -2, -3)
+    assert config.model.build(1).mixer.decay == (-0.5, -1, -2, -3)
 
 
 def test_a_switch_takes_true_or_false_or_nothing():
@@ -111,7 +111,7 @@ DEMO = '[model]\nsize = "demo"\n'
             + "attention = {num_heads = 4}\nattention_layers = [1]\n[train]\ncarry_state = true",
             "train.carry_state needs a state of fixed size",
         ),
-        ("[model]\nhidden_size = 8", "neither a size nor num_heads, num_hidden_layers"),
+        ("[model]\nhidden_size = 8", "neither a size nor num_hidden_layers, mixer.num_heads"),
         ("", "neither a size nor"),
         ("model = 3", "model is 3; it must be a table, [model]"),
         ("[model", "is not valid TOML"),

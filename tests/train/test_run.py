@@ -423,7 +423,7 @@ def test_a_gpu_too_small_is_told_what_helps(
 @pytest.mark.parametrize(
     ("place", "line"),
     [
-        ("trainer.new_model", r"the model needs more memory than cpu has; take a smaller one"),
+        ("trainer.build_model", r"the model needs more memory than cpu has; take a smaller one"),
         ("loop.Trainer.update", r"step 1 needs more memory than cpu has; lower --train\.micro"),
         ("loop.validate", r"validation needs more memory than cpu has; .*--train\.batch-size"),
     ],
