@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import zoo
 
 from retentive.bench.decode import Measure
 from retentive.bench.peers import Unavailable
@@ -11,7 +12,6 @@ from retentive.cli import main
 from retentive.demo import command
 from retentive.errors import InputError
 from retentive.models.checkpoint import save_model
-from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.counts import state_bytes
 from retentive.models.matching import matching_transformer
 from retentive.models.retnet import RetNet
@@ -94,7 +94,7 @@ def test_an_interrupted_training_goes_on(config, tmp_path, capsys, monkeypatch):
 
 
 def test_both_are_measured_at_the_same_positions(tmp_path):
-    config = RetNetConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_heads=2)
+    config = zoo.retnet(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_heads=2)
     save_model(RetNet(config), tmp_path)
     for name, size in (("RetNet", config), ("Transformer", matching_transformer(config))):
         reached = []
@@ -106,7 +106,7 @@ def test_both_are_measured_at_the_same_positions(tmp_path):
 
 
 def test_a_folder_without_a_retnet_is_one_line(tmp_path):
-    config = TransformerConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_heads=1)
+    config = zoo.transformer(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_heads=1)
     save_model(Transformer(config), tmp_path)
     with pytest.raises(InputError, match="holds no RetNet") as caught:
         command.measure("RetNet", tmp_path, 64, "cpu", lambda at: None)
@@ -118,7 +118,7 @@ def test_a_process_that_dies_is_one_line(tmp_path, monkeypatch):
         raise Unavailable("its process was killed by signal 9")
 
     save_model(
-        RetNet(RetNetConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_heads=1)),
+        RetNet(zoo.retnet(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_heads=1)),
         tmp_path,
     )
     monkeypatch.setattr(command, "walk", dies)

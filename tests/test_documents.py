@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 
-from retentive import RetNet, RetNetConfig
+from retentive import RetNet
 from retentive.cli import COMMANDS, main
 from retentive.data.tokenizer import byte_tokenizer, save_tokenizer
 from retentive.models.checkpoint import save_model
@@ -32,7 +33,7 @@ def demo_folder(tmp_path, monkeypatch):
     """A working folder with an untrained runs/demo in it."""
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/demo")
-    config = RetNetConfig(vocab_size=257, hidden_size=16, num_hidden_layers=1, num_heads=2)
+    config = zoo.retnet(vocab_size=257, hidden_size=16, num_hidden_layers=1, num_heads=2)
     save_model(RetNet(config), folder)
     save_tokenizer(byte_tokenizer(), folder)
     return folder

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import zoo
 
 from retentive.cli import main
 from retentive.models.checkpoint import save_model
-from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 
@@ -50,12 +51,12 @@ def test_what_the_paper_size_needs(info):
 
 def test_model_folders(info, tmp_path):
     sizes = {"vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 1, "num_heads": 3}
-    retnet = RetNet(RetNetConfig(**sizes, decay=(-0.5, -0.1, 0.0), tie_word_embeddings=True))
+    retnet = RetNet(zoo.retnet(**sizes, decay=(-0.5, -0.1, 0.0), tie_word_embeddings=True))
     save_model(retnet, tmp_path / "retnet")
     _, out, _ = info(tmp_path / "retnet")
     assert ["head", "tied", "0.0%"] in rows(out)
     assert ["2", "1", "∞"] in rows(out)
-    save_model(Transformer(TransformerConfig(**sizes)), tmp_path / "transformer")
+    save_model(Transformer(zoo.transformer(**sizes)), tmp_path / "transformer")
     code, out, _ = info(tmp_path / "transformer")
     assert code == 0
     assert ["2,048", "384 KiB"] in rows(out)
@@ -65,7 +66,7 @@ def test_model_folders(info, tmp_path):
 def test_a_hybrid(info, tmp_path):
     sizes = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2}
     attention = {"num_heads": 4, "window": 101}
-    hybrid = RetNet(RetNetConfig(**sizes, attention_layers=(1,), attention=attention))
+    hybrid = RetNet(zoo.retnet(**sizes, attention_layers=(1,), attention=attention))
     save_model(hybrid, tmp_path)
     code, out, _ = info(tmp_path)
     assert code == 0

@@ -1,17 +1,28 @@
 """Small models of every kind, in float64: what must be equal is equal to about 1e-14."""
 
+from typing import Any
+
 import torch
 
 from retentive.mixers.attention import AttentionConfig
+from retentive.models.build import build_model
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.language_model import LanguageModel
-from retentive.models.retnet import RetNet
-from retentive.models.transformer import Transformer
+
+
+def retnet(**fields: Any) -> RetNetConfig:
+    """A config of flat fields, as config.json has them."""
+    return RetNetConfig.from_dict(fields)
+
+
+def transformer(**fields: Any) -> TransformerConfig:
+    return TransformerConfig.from_dict(fields)
+
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}
 CONFIGS = {
-    "retnet": RetNetConfig(**SMALL),
-    "retnet-official": RetNetConfig(
+    "retnet": retnet(**SMALL),
+    "retnet-official": retnet(
         **SMALL,
         gated_ffn=True,
         hidden_act="swish",
@@ -23,10 +34,10 @@ CONFIGS = {
         tie_word_embeddings=True,
         initialization="official",
     ),
-    "retnet-ablated": RetNetConfig(
+    "retnet-ablated": retnet(
         **SMALL, gate=False, head_norm="none", decay=(0.0, 0.0, -0.1, -0.1), row_scale=True
     ),
-    "post-norm": RetNetConfig(  # as torchscale's and syncdoth's options together
+    "post-norm": retnet(  # as torchscale's and syncdoth's options together
         **SMALL,
         block="post-norm",
         residual_scale=2**0.5,
@@ -39,7 +50,7 @@ CONFIGS = {
         ffn_subln="layernorm",
         row_scale=True,
     ),
-    "parallel": RetNetConfig(  # as XATL's, and key-value groups
+    "parallel": retnet(  # as XATL's, and key-value groups
         **SMALL,
         block="parallel",
         hidden_act="gelu_tanh",
@@ -54,7 +65,7 @@ CONFIGS = {
         gated_ffn=True,
         head_bias=True,
     ),
-    "xpos": RetNetConfig(  # as the first of syncdoth's
+    "xpos": retnet(  # as the first of syncdoth's
         **SMALL,
         block="output-norm",
         rotation="rope-across-heads",
@@ -62,13 +73,13 @@ CONFIGS = {
         final_norm=False,
         tie_word_embeddings=True,
     ),
-    "hybrid": RetNetConfig(
+    "hybrid": retnet(
         **SMALL,
         attention_layers=(1,),
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, qkv_bias=True, window=4),
     ),
-    "transformer": TransformerConfig(**SMALL),
-    "transformer-gqa": TransformerConfig(**SMALL, num_kv_heads=2, gated_ffn=True),
+    "transformer": transformer(**SMALL),
+    "transformer-gqa": transformer(**SMALL, num_kv_heads=2, gated_ffn=True),
 }
 
 
@@ -76,7 +87,7 @@ def build(name: str, **changes: object) -> LanguageModel:
     """Biases and the weights of norms are random, so that it shows where they act."""
     config = CONFIGS[name]
     config = type(config).from_dict({**config.to_dict(), **changes})
-    model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
+    model = build_model(config)
     model.init_weights(seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from retentive.errors import InputError
-from retentive.models.state import RetNetState
+from retentive.models.state import ModelState
 
 
 class RetentiveCache(Cache):
@@ -32,7 +32,7 @@ class RetentiveCache(Cache):
 
     def reset(self) -> None:
         """As if nothing had been read."""
-        self.state: RetNetState | None = None
+        self.state: ModelState | None = None
         self.seen = 0  # columns, those of `unread` among them
         self.mask: Tensor | None = None  # `[B,seen]`, True at real tokens; None where all are
         self.unread: Tensor | None = None  # tokens `[B,T]`
@@ -64,7 +64,7 @@ class RetentiveCache(Cache):
         real = mask[:, self.seen :]
         return None if real.all() else real
 
-    def add(self, tokens: Tensor, real: Tensor | None, state: RetNetState | None) -> None:
+    def add(self, tokens: Tensor, real: Tensor | None, state: ModelState | None) -> None:
         """`state` has read tokens `[B,T]` (or embeddings), `real` `[B,T]` of them, None for all."""
         rows, columns = tokens.shape[:2]
         if real is not None or self.mask is not None:
@@ -81,7 +81,7 @@ class RetentiveCache(Cache):
         self._mark = self.state
         self._since: list[Tensor] = []  # read since then
 
-    def read_again(self, state: RetNetState | None) -> None:
+    def read_again(self, state: ModelState | None) -> None:
         """`state` has read `unread`, too."""
         self.state, self.unread = state, None
         self.mark()

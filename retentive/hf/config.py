@@ -7,25 +7,25 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from retentive.errors import InputError
+from retentive.models import flat
 from retentive.models.config import (
     BOOKKEEPING,
     QUANTIZED,
     ModelConfig,
-    RetNetConfig,
     TransformerConfig,
+    config_from_dict,
 )
 
 
 class RetentiveConfig(PreTrainedConfig):
-    """The fields of `RetNetConfig`. They are checked, and those left out filled in, as there.
+    """The fields of a model's `config.json`, checked and filled in as in `ModelConfig`.
 
     Raises InputError for an unknown field, a missing one, and a value that does not fit.
     """
 
-    model_type = RetNetConfig.model_type
+    model_type = ModelConfig.model_type
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
-    native: ClassVar[type[ModelConfig]] = RetNetConfig
     has_no_defaults_at_init: ClassVar[bool] = True
 
     use_cache: bool = True
@@ -35,14 +35,21 @@ class RetentiveConfig(PreTrainedConfig):
 
     def __post_init__(self, **fields: Any):
         theirs = {key: fields.pop(key) for key in list(fields) if _is_theirs(key)}
-        ours = self.native.from_dict(fields)
+        ours = self._checked(fields)
         super().__post_init__(**theirs)
-        for name, value in dataclasses.asdict(ours).items():
+        written = flat.written(ours, sparse=False)
+        self._ours = tuple(written)
+        for name, value in written.items():
             setattr(self, name, value)
 
     def as_native(self) -> ModelConfig:
         """Our config, of the fields as they are now."""
-        return self.native.from_dict({name: getattr(self, name) for name in self._names()})
+        return self._checked({name: getattr(self, name) for name in self._ours})
+
+    def _checked(self, fields: dict[str, Any]) -> ModelConfig:
+        quantized = fields.get("quantization") is not None
+        kind = self.model_type.removesuffix(QUANTIZED) + (QUANTIZED if quantized else "")
+        return config_from_dict({**fields, "model_type": kind})
 
     def to_dict(self) -> dict[str, Any]:
         """Their keys, and ours as `config.json` has them."""
@@ -58,7 +65,7 @@ class RetentiveConfig(PreTrainedConfig):
 
     def to_json_file(self, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
         """Raises InputError, and writes nothing, where the file would open nowhere again."""
-        ours = self._names()
+        ours = self._ours
         strange = [key for key in self.to_dict() if key not in ours and not _is_theirs(key)]
         if strange:
             raise InputError(
@@ -68,25 +75,21 @@ class RetentiveConfig(PreTrainedConfig):
         super().to_json_file(json_file_path, use_diff)
 
     def _with_ours(self, output: dict[str, Any]) -> dict[str, Any]:
-        names = self._names()
+        names = self._ours
         theirs = {key: value for key, value in output.items() if key not in names}
         return theirs | self.as_native().to_dict() | {"model_type": self.model_type}
-
-    def _names(self) -> set[str]:
-        return {field.name for field in dataclasses.fields(self.native)}
 
 
 class RetentiveTransformerConfig(RetentiveConfig):
     """The fields of `TransformerConfig`, the baseline's."""
 
     model_type = TransformerConfig.model_type
-    native = TransformerConfig
 
 
 class RetentiveQuantizedConfig(RetentiveConfig):
     """A folder of `retentive quantize`: its tokenizer opens, its model is refused."""
 
-    model_type = RetNetConfig.model_type + QUANTIZED
+    model_type = ModelConfig.model_type + QUANTIZED
 
 
 def _is_theirs(key: str) -> bool:

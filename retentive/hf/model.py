@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +30,15 @@ from retentive.hf.tokenizer import end_of_text
 from retentive.layers.layout import Layout
 from retentive.layers.loss import IGNORED
 from retentive.layers.rotation import Constant
+from retentive.models.build import build_model
 from retentive.models.language_model import LanguageModel
-from retentive.models.retnet import RetNet
 from retentive.models.state import ModelState
-from retentive.models.transformer import Transformer
 
 _ASSISTED = GenerationMode.ASSISTED_GENERATION
 
 
 class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
-    """A RetNet for transformers.
+    """A model of ours for transformers.
 
     `retentive` is the model as this package has it (`LanguageModel`). It and this object have the
     same layers: what one trains, replaces or moves, the other has. So weights have the same names
@@ -49,12 +48,11 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
     config_class: type[RetentiveConfig] = RetentiveConfig
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch
-    native: ClassVar[type[LanguageModel]] = RetNet
     retentive: LanguageModel
 
     def __init__(self, config: RetentiveConfig):
         super().__init__(config)
-        model = self.native(config.as_native())  # pyright: ignore[reportCallIssue]
+        model = build_model(config.as_native())
         self.__dict__["retentive"] = model  # as a submodule it would prefix the names
         self._modules = model._modules
         self._no_split_modules = {type(block).__name__ for block in model.layers}  # FSDP asks
@@ -294,7 +292,6 @@ class RetentiveTransformerForCausalLM(RetentiveForCausalLM):
     """The baseline for transformers."""
 
     config_class = RetentiveTransformerConfig
-    native = Transformer
 
 
 class RetentiveQuantizedForCausalLM(RetentiveForCausalLM):

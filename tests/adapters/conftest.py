@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 
 from retentive.adapters.initial_state import InitialState
 from retentive.adapters.lora import Lora
 from retentive.data.tokenizer import byte_tokenizer, save_tokenizer
 from retentive.models.checkpoint import load, save_model
-from retentive.models.config import RetNetConfig
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
 
@@ -19,7 +19,7 @@ SIZES = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2, "num_head
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    model = RetNet(RetNetConfig(**SIZES))
+    model = RetNet(zoo.retnet(**SIZES))
     model.init_weights(seed=0)
     save_model(model, folder)
     save_tokenizer(byte_tokenizer(), folder)

@@ -118,9 +118,9 @@ def test_variants_differ_from_the_retnet_in_what_they_are_named_for():
         "one-decay": {"decay"},
         "small-heads": {"num_heads"},
     }
-    assert torch.all(log_decay(3, configs["no-decay"].decay) == 0)
+    assert torch.all(log_decay(3, configs["no-decay"].mixer.decay) == 0)
     torch.testing.assert_close(
-        log_decay(3, configs["one-decay"].decay).exp(), torch.full((3,), 127 / 128).double()
+        log_decay(3, configs["one-decay"].mixer.decay).exp(), torch.full((3,), 127 / 128).double()
     )
     assert configs["small-heads"].qk_head_dim == configs["retnet"].qk_head_dim // 4
     with torch.device("meta"):

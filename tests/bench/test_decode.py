@@ -3,17 +3,17 @@
 import json
 
 import pytest
+import zoo
 
 from retentive.bench import decode
 from retentive.bench.command import main
 from retentive.errors import InputError
 from retentive.models.checkpoint import save_model
-from retentive.models.config import RetNetConfig
 from retentive.models.matching import matching_transformer
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 
-CONFIG = RetNetConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
+CONFIG = zoo.retnet(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
 
 
 def test_drift_is_the_last_quarter_over_the_first():

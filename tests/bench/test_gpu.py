@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 
 from retentive.bench import gpu, gpu_report, gpu_stages, measure, processes, results
 from retentive.bench.contenders import Entry, chosen
@@ -18,7 +19,6 @@ from retentive.bench.op import OpBenchmark
 from retentive.bench.processes import Kept
 from retentive.bench.results import Result, Row
 from retentive.bench.workers import ours
-from retentive.models.config import RetNetConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -191,7 +191,7 @@ def test_kept_processes_serve_case_after_case(quick_limits, local_processes, mon
 
 @pytest.mark.parametrize("name", ["transformer", "transformer-gqa8"])
 def test_a_recorded_step_is_the_step_behind_its_context(name):
-    small = RetNetConfig(vocab_size=32, hidden_size=512, num_hidden_layers=2, num_heads=2)
+    small = zoo.retnet(vocab_size=32, hidden_size=512, num_hidden_layers=2, num_heads=2)
     (contender,) = chosen("decode", name)
     case = Entry(contender, Subject("small", small)).case(
         {"task": "decode", "device": "cpu", "dtype": "float32", "threads": 1}

@@ -4,16 +4,16 @@ import os
 import signal
 
 import pytest
+import zoo
 
 from retentive.bench.contenders import Entry, chosen
 from retentive.bench.models import Subject
 from retentive.bench.peers import Unavailable
 from retentive.bench.processes import Process
-from retentive.models.config import RetNetConfig
 
 OP = {"task": "op", "device": "cpu", "dtype": "float32", "threads": 1, "tokens": 64, "batch": 1}
 OP |= {"heads": 1, "key_dim": 8, "value_dim": 8}
-SMALL = RetNetConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
+SMALL = zoo.retnet(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
 
 
 @pytest.fixture

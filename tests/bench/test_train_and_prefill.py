@@ -3,11 +3,11 @@
 import json
 
 import pytest
+import zoo
 
 from retentive.bench.command import main
 from retentive.bench.train import batch_and_tokens
 from retentive.errors import InputError
-from retentive.models.config import RetNetConfig
 from retentive.models.counts import flops_per_token
 
 OURS = "retnet,retnet-parallel,transformer,transformer-gqa"
@@ -28,7 +28,7 @@ def test_training(quick_limits, local_processes, tiny_model, tmp_path, capsys):
         {"batch": 1, "tokens": 32},
     ]
     # The tiny model by hand: 12 D² in its layer, a head, and the mixing; three times two a weight.
-    config = RetNetConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
+    config = zoo.retnet(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
     mixing = 2 * (2 * 64 * 96 + 4 * 32 * 64)
     assert flops_per_token(config) == 2 * (12 * 64**2 + 32 * 64) + mixing
     assert rows[0]["work"] == 3 * 16 * flops_per_token(config)
@@ -40,7 +40,7 @@ def test_training(quick_limits, local_processes, tiny_model, tmp_path, capsys):
 def test_prefill(quick_limits, local_processes, tiny_model, tmp_path):
     rows = result_of("prefill", tiny_model, tmp_path, "--lengths", "20")
     assert [row["error"] for row in rows] == [None] * 4
-    config = RetNetConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
+    config = zoo.retnet(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
     assert rows[0]["work"] == 20 * flops_per_token(config, head=False)
 
 

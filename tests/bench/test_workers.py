@@ -4,18 +4,18 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import zoo
 
 from retentive.bench.contenders import Entry, chosen
 from retentive.bench.models import Subject
 from retentive.bench.workers import huggingface, ours, peers
 from retentive.bench.workers.along import TIMED, prepare_along
 from retentive.models.checkpoint import save_model
-from retentive.models.config import RetNetConfig
 from retentive.models.counts import decode_bytes
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 
-SMALL = RetNetConfig(vocab_size=32, hidden_size=64, num_hidden_layers=2, num_heads=2)
+SMALL = zoo.retnet(vocab_size=32, hidden_size=64, num_hidden_layers=2, num_heads=2)
 MODEL = Subject("small", SMALL)
 FIXED = {"device": "cpu", "dtype": "float32", "threads": 1}
 

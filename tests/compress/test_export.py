@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zoo
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import retentive
@@ -22,14 +23,14 @@ from retentive.layers.activations import ACTIVATIONS
 from retentive.mixers.attention import AttentionConfig
 from retentive.mixers.state import TensorState
 from retentive.models.checkpoint import load, save_model
-from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 from retentive.models.transformer import Transformer
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}
 CONFIGS = {
-    "torch-export": RetNetConfig(
+    "torch-export": zoo.retnet(
         **SMALL,
         block="parallel",
         num_kv_heads=2,
@@ -43,7 +44,7 @@ CONFIGS = {
         embed_norm=True,
         embed_scale=2.0,
     ),
-    "onnx": RetNetConfig(
+    "onnx": zoo.retnet(
         **SMALL,
         gated_ffn=True,
         hidden_act="swish",
@@ -349,7 +350,7 @@ def test_a_folder_that_cannot_be_written(stub, tmp_path):
 
 
 def test_a_model_in_training_is_exported_for_inference_and_left_in_training(stub, tmp_path):
-    model = build(RetNetConfig(**SMALL, dropout=0.5)).train()
+    model = build(zoo.retnet(**SMALL, dropout=0.5)).train()
     kinds = []
     stub.setattr(exports, "check", lambda model, open_graph: exports.Errors(0.0, 0.0, TOLERANCE))
     stub.setattr(exports, "trace", lambda model, graph: kinds.append(model.training))
@@ -358,14 +359,14 @@ def test_a_model_in_training_is_exported_for_inference_and_left_in_training(stub
 
 
 def test_models_that_are_not_exported(stub, tmp_path):
-    transformer = Transformer(TransformerConfig(**SMALL))
+    transformer = Transformer(zoo.transformer(**SMALL))
     said = refusal(lambda: export(transformer, tmp_path / "out", "stub"))
     assert "layer 0 mixes by attention" in said
     half = build(CONFIGS["onnx"]).bfloat16()
     assert "bfloat16" in refusal(lambda: export(half, tmp_path / "out", "stub"))
     attention = {"attention_layers": (1,), "attention": AttentionConfig(2)}
     for fields in (attention, {"xpos_base": 512.0}):
-        model = build(RetNetConfig(**SMALL, **fields))
+        model = build(zoo.retnet(**SMALL, **fields))
         said = refusal(lambda: export(model, tmp_path / "out", "stub"))  # noqa: B023
         assert "attention" in said if "attention" in fields else "with xPos" in said
 

@@ -10,6 +10,7 @@ import statistics
 
 import pytest
 import torch
+import zoo
 from torch.nn import functional as F
 
 from retentive import generate, load
@@ -25,8 +26,9 @@ from retentive.layers import quantized
 from retentive.layers.quantized import MANY_ROWS, QuantizedLinear, pack_nibbles, unpack_nibbles
 from retentive.mixers.attention import AttentionConfig
 from retentive.mixers.state import TensorState
+from retentive.models.build import build_model
 from retentive.models.checkpoint import load_config, save_model
-from retentive.models.config import Quantization, RetNetConfig, TransformerConfig
+from retentive.models.config import Quantization, RetNetConfig
 from retentive.models.fingerprint import fingerprint
 from retentive.models.matching import matching_transformer
 from retentive.models.retnet import RetNet
@@ -34,15 +36,15 @@ from retentive.models.transformer import Transformer
 
 SMALL = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
 CONFIGS = {
-    "retnet": RetNetConfig(**SMALL),
-    "retnet-tied": RetNetConfig(**SMALL, tie_word_embeddings=True, gated_ffn=True, norm="rmsnorm"),
-    "retnet-biased": RetNetConfig(
+    "retnet": zoo.retnet(**SMALL),
+    "retnet-tied": zoo.retnet(**SMALL, tie_word_embeddings=True, gated_ffn=True, norm="rmsnorm"),
+    "retnet-biased": zoo.retnet(
         **SMALL, qkv_bias=True, ffn_bias=True, head_bias=True, num_kv_heads=1, block="parallel"
     ),
-    "hybrid": RetNetConfig(
+    "hybrid": zoo.retnet(
         **SMALL, attention_layers=(1,), attention=AttentionConfig(2, qkv_bias=True, window=16)
     ),
-    "transformer": TransformerConfig(**SMALL, num_kv_heads=1),
+    "transformer": zoo.transformer(**SMALL, num_kv_heads=1),
 }
 BITS = (16, 8, 4)
 BF16 = 2**-8  # distance of neighbours, relative
@@ -50,7 +52,7 @@ BF16 = 2**-8  # distance of neighbours, relative
 
 def build(name: str) -> RetNet | Transformer:
     config = CONFIGS[name]
-    model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
+    model = build_model(config)
     model.init_weights(seed=0)
     for key, weight in model.named_parameters():
         if key.endswith("proj.bias") or key == "lm_head.bias":
@@ -376,7 +378,7 @@ def test_a_quantised_checkpoint_is_not_trained_on(folder):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_run(dtype, tied):
     torch.manual_seed(0)
-    config = RetNetConfig(
+    config = zoo.retnet(
         vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2, tie_word_embeddings=tied
     )
     model = RetNet(config).eval()
@@ -391,7 +393,7 @@ def test_other_dtypes_run(dtype, tied):
 
 def test_new_weights_have_a_new_kernel_and_copies_their_own():
     torch.manual_seed(0)
-    config = RetNetConfig(vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2)
+    config = zoo.retnet(vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2)
     tokens = torch.randint(61, (1, 5))
     with torch.no_grad():
         one, other = (quantize(RetNet(config).eval(), 8) for _ in range(2))
@@ -403,7 +405,7 @@ def test_new_weights_have_a_new_kernel_and_copies_their_own():
 
 
 def test_negative_tokens_are_refused():
-    config = RetNetConfig(vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2)
+    config = zoo.retnet(vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2)
     for bits in (16, 8, 4):
         with pytest.raises(InputError, match="tokens run from -1"):
             quantize(RetNet(config).eval(), bits)(torch.tensor([[3, -1]]))

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
@@ -115,7 +116,7 @@ def test_fla_knows_but_swish_since(renamed) -> None:
 def test_an_activation_that_the_target_lacks_is_not_written(tmp_path, to, act, reason) -> None:
     rules = {"torchscale": ("official", True), "fla": ("rope", False)}
     rotation, row_scale = rules[to]
-    config = RetNetConfig(
+    config = zoo.retnet(
         vocab_size=31,
         hidden_size=16,
         num_hidden_layers=1,

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
 
 import retentive
@@ -21,7 +22,6 @@ from retentive.convert import conversion, writer
 from retentive.data.tokenizer import byte_tokenizer, save_tokenizer
 from retentive.errors import InputError
 from retentive.models.checkpoint import save_model
-from retentive.models.config import RetNetConfig, TransformerConfig
 
 
 @pytest.fixture
@@ -354,11 +354,11 @@ SMALL = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1, "num_head
 
 
 def test_models_that_the_target_cannot_hold(tmp_path, refused):
-    save_model(retentive.RetNet(RetNetConfig(**SMALL)), tmp_path / "ours")
+    save_model(retentive.RetNet(zoo.retnet(**SMALL)), tmp_path / "ours")
     to_fla, to_torchscale = ("--to", "fla"), ("--to", "torchscale")
     refused(tmp_path / "ours", "fla cannot hold", "norm is 'layernorm'", options=to_fla)
     refused(tmp_path / "ours", "torchscale cannot hold", "norm is", options=to_torchscale)
-    save_model(retentive.Transformer(TransformerConfig(**SMALL)), tmp_path / "transformer")
+    save_model(retentive.Transformer(zoo.transformer(**SMALL)), tmp_path / "transformer")
     refused(tmp_path / "transformer", "holds RetNets, which", options=to_fla)
     save_tokenizer(byte_tokenizer(), tmp_path / "ours")
     assert main(["quantize", str(tmp_path / "ours"), str(tmp_path / "int8")]) == 0

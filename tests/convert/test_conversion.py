@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,6 @@ from retentive.convert.weight_files import Stored, TorchFile
 from retentive.convert.writer import write_safetensors
 from retentive.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
 from retentive.models.checkpoint import load_config, save_model
-from retentive.models.config import RetNetConfig
 
 FIXTURES = sorted((Path(__file__).parent / "golden").iterdir())
 WRITTEN = {  # fixture: the dialect it can be written as
@@ -130,7 +130,7 @@ POST_NORM = {"block": "post-norm", "final_norm": False}
     ],
 )
 def test_every_option_of_a_target_comes_back(tmp_path, to, options):
-    save_model(retentive.RetNet(RetNetConfig(**options)), tmp_path / "ours")
+    save_model(retentive.RetNet(zoo.retnet(**options)), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", to=to)
     convert(tmp_path / "theirs", tmp_path / "back")
     assert load_config(tmp_path / "back") == load_config(tmp_path / "ours")
@@ -163,7 +163,7 @@ def test_dtypes(golden, tmp_path):
 
 
 def test_a_folder_of_ours_is_copied(tmp_path):
-    config = RetNetConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, num_heads=2)
+    config = zoo.retnet(vocab_size=257, hidden_size=16, num_hidden_layers=2, num_heads=2)
     model = retentive.RetNet(config)
     save_model(model, tmp_path / "ours")
     save_tokenizer(byte_tokenizer(), tmp_path / "ours")

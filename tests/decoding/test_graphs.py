@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+import zoo
 from torch import Tensor
 
 from retentive.decoding import graphs
@@ -12,12 +13,11 @@ from retentive.decoding.graphs import GraphRunner, Step, bucket, suits
 from retentive.decoding.recurrent import RecurrentRunner
 from retentive.decoding.runner import runner
 from retentive.models.checkpoint import load_state
-from retentive.models.config import RetNetConfig
 from retentive.models.fingerprint import fingerprint
 from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
 
-CONFIG = RetNetConfig(vocab_size=31, hidden_size=32, num_hidden_layers=2, num_heads=2)
+CONFIG = zoo.retnet(vocab_size=31, hidden_size=32, num_hidden_layers=2, num_heads=2)
 
 
 @pytest.fixture

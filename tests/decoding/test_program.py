@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import zoo
 from torch import nn
 
 from retentive.compress.quantize import quantize
@@ -17,7 +18,7 @@ from retentive.models.state import RetNetState
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs numba, and Linux")
 
-CONFIG = RetNetConfig(vocab_size=61, hidden_size=64, num_hidden_layers=2, num_heads=4)
+CONFIG = zoo.retnet(vocab_size=61, hidden_size=64, num_hidden_layers=2, num_heads=4)
 
 
 def build(seed: int = 0) -> RetNet:

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+import zoo
 
 from retentive.decoding import program_runner
 from retentive.decoding.program_runner import ProgramRunner
@@ -13,16 +14,14 @@ from retentive.decoding.runner import fastest_threads, runner
 from retentive.errors import InputError
 from retentive.kernels.cpu.available import available
 from retentive.mixers.attention import AttentionConfig
-from retentive.models.config import RetNetConfig, TransformerConfig
+from retentive.models.build import build_model
 from retentive.models.language_model import LanguageModel
-from retentive.models.retnet import RetNet
 from retentive.models.state import RetNetState
-from retentive.models.transformer import Transformer
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4}
 CONFIGS = {
-    "plain": RetNetConfig(**SIZES),
-    "gated": RetNetConfig(
+    "plain": zoo.retnet(**SIZES),
+    "gated": zoo.retnet(
         **SIZES,
         gated_ffn=True,
         hidden_act="swish",
@@ -32,8 +31,8 @@ CONFIGS = {
         ffn_subln="rmsnorm",
         ffn_bias=True,
     ),
-    "ablated": RetNetConfig(**SIZES, gate=False, head_norm="none", tie_word_embeddings=True),
-    "post-norm": RetNetConfig(
+    "ablated": zoo.retnet(**SIZES, gate=False, head_norm="none", tie_word_embeddings=True),
+    "post-norm": zoo.retnet(
         **SIZES,
         block="post-norm",
         residual_scale=2**0.5,
@@ -43,7 +42,7 @@ CONFIGS = {
         ffn_bias=True,
         ffn_subln="layernorm",
     ),
-    "parallel": RetNetConfig(
+    "parallel": zoo.retnet(
         **SIZES,
         block="parallel",
         gate_act="gelu",
@@ -54,7 +53,7 @@ CONFIGS = {
         out_bias=True,
         head_bias=True,
     ),
-    "xpos": RetNetConfig(
+    "xpos": zoo.retnet(
         **SIZES,
         block="output-norm",
         rotation="rope-across-heads",
@@ -62,17 +61,17 @@ CONFIGS = {
         gate_bias=True,
         tie_word_embeddings=True,
     ),
-    "hybrid": RetNetConfig(
+    "hybrid": zoo.retnet(
         **SIZES, attention_layers=(0,), attention=AttentionConfig(4, qkv_bias=True, window=8)
     ),
-    "transformer": TransformerConfig(**SIZES, num_kv_heads=2, gated_ffn=True),
+    "transformer": zoo.transformer(**SIZES, num_kv_heads=2, gated_ffn=True),
 }
 START = AHEAD - 3  # so that the steps cross the end of a table of angles
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     config = CONFIGS[name]
-    model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
+    model = build_model(config)
     model.init_weights(seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

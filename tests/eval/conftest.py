@@ -3,11 +3,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zoo
 from tokenizers import Tokenizer
 
 from retentive.data.tokenizer import save_tokenizer, train_tokenizer
 from retentive.models.checkpoint import save_model
-from retentive.models.config import AttentionConfig, RetNetConfig, TransformerConfig
+from retentive.models.config import AttentionConfig
 from retentive.models.language_model import LanguageModel
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
@@ -32,10 +33,10 @@ def tokenizer() -> Tokenizer:
 
 def build(kind: str, vocab_size: int) -> LanguageModel:
     if kind == "transformer":
-        model = Transformer(TransformerConfig(vocab_size=vocab_size, **SMALL, num_kv_heads=1))
+        model = Transformer(zoo.transformer(vocab_size=vocab_size, **SMALL, num_kv_heads=1))
     else:
         others = HYBRID if kind == "hybrid" else {}
-        model = RetNet(RetNetConfig(vocab_size=vocab_size, **SMALL, **others))
+        model = RetNet(zoo.retnet(vocab_size=vocab_size, **SMALL, **others))
     model.init_weights(seed=0)
     return model.double().eval()
 

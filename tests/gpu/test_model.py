@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+import zoo
 from torch import Tensor
 
 from retentive.decoding.graphs import GraphRunner
 from retentive.decoding.recurrent import RecurrentRunner
 from retentive.decoding.runner import runner
-from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 
 pytestmark = pytest.mark.gpu
 
-CONFIG = RetNetConfig(vocab_size=256, hidden_size=128, num_hidden_layers=2, num_heads=2)
+CONFIG = zoo.retnet(vocab_size=256, hidden_size=128, num_hidden_layers=2, num_heads=2)
 
 
 def build(dtype: torch.dtype = torch.float32, device: str = "cuda") -> RetNet:

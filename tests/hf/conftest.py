@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -12,16 +13,14 @@ from transformers.utils import logging
 import retentive.hf as hf
 from retentive.data.tokenizer import byte_tokenizer, save_tokenizer
 from retentive.mixers.attention import AttentionConfig
+from retentive.models.build import build_model
 from retentive.models.checkpoint import load, save_model
-from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.language_model import LanguageModel
-from retentive.models.retnet import RetNet
-from retentive.models.transformer import Transformer
 
 SMALL = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}
 CONFIGS = {
-    "retnet": RetNetConfig(**SMALL),
-    "retnet-tied": RetNetConfig(
+    "retnet": zoo.retnet(**SMALL),
+    "retnet-tied": zoo.retnet(
         **SMALL,
         gated_ffn=True,
         norm="rmsnorm",
@@ -30,7 +29,7 @@ CONFIGS = {
         row_scale=True,
         tie_word_embeddings=True,
     ),
-    "hybrid": RetNetConfig(
+    "hybrid": zoo.retnet(
         **SMALL,
         block="parallel",
         embed_scale=2.0,
@@ -40,7 +39,7 @@ CONFIGS = {
         attention_layers=(1,),
         attention=AttentionConfig(num_heads=2, window=5),
     ),
-    "transformer": TransformerConfig(**SMALL, num_kv_heads=2),
+    "transformer": zoo.transformer(**SMALL, num_kv_heads=2),
 }
 
 logging.disable_progress_bar()
@@ -48,7 +47,7 @@ logging.disable_progress_bar()
 
 def build(name: str) -> LanguageModel:
     config = CONFIGS[name]
-    model = RetNet(config) if isinstance(config, RetNetConfig) else Transformer(config)
+    model = build_model(config)
     model.init_weights(seed=0)
     with torch.no_grad():  # what is read shall matter: at first blocks add little to the stream
         model.embed_tokens.weight.mul_(0.3)

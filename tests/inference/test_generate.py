@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+import zoo
 
 import retentive
 from retentive.errors import InputError
-from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 
 
@@ -13,7 +13,7 @@ from retentive.models.retnet import RetNet
 def model():
     torch.manual_seed(0)
     sizes = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 1}
-    return RetNet(RetNetConfig(**sizes, dropout=0.5))
+    return RetNet(zoo.retnet(**sizes, dropout=0.5))
 
 
 def test_a_string_gives_a_string_and_a_list_a_list(model, byte_level):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import zoo
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -12,7 +13,6 @@ from retentive.errors import InputError
 from retentive.inference import session as sessions
 from retentive.inference.sampling import Sampling
 from retentive.inference.session import Session
-from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 
@@ -27,8 +27,8 @@ def model(request):
     torch.manual_seed(0)
     sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}
     if request.param == "retnet":
-        return RetNet(RetNetConfig(**sizes)).double().eval()
-    return Transformer(TransformerConfig(**sizes, num_kv_heads=2)).double().eval()
+        return RetNet(zoo.retnet(**sizes)).double().eval()
+    return Transformer(zoo.transformer(**sizes, num_kv_heads=2)).double().eval()
 
 
 def run(session, count):
@@ -153,9 +153,7 @@ def test_a_prompt_added_later_is_part_of_the_text(model, byte_level):
 
 def spelling(*words, width=258):
     """A model without layers in which one token follows each: it spells the `words`."""
-    model = RetNet(
-        RetNetConfig(vocab_size=257, hidden_size=width, num_hidden_layers=1, num_heads=1)
-    )
+    model = RetNet(zoo.retnet(vocab_size=257, hidden_size=width, num_hidden_layers=1, num_heads=1))
     model.layers = torch.nn.ModuleList()
     with torch.no_grad():
         model.embed_tokens.weight.copy_(torch.eye(257, width))
@@ -223,7 +221,7 @@ def test_no_character_is_cut(byte_level, tmp_path):
 
 
 def test_tokens_that_only_the_model_knows_are_never_drawn(byte_level):
-    model = RetNet(RetNetConfig(vocab_size=2000, hidden_size=16, num_hidden_layers=1, num_heads=1))
+    model = RetNet(zoo.retnet(vocab_size=2000, hidden_size=16, num_hidden_layers=1, num_heads=1))
     session = Session(model.eval(), byte_level, Sampling(temperature=5.0, top_p=1.0))
     session.read(["a"] * 8)
     for _ in range(10):
@@ -233,7 +231,7 @@ def test_tokens_that_only_the_model_knows_are_never_drawn(byte_level):
 
 def test_bad_input(model, byte_level, tmp_path):
     with pytest.raises(InputError, match="token 256 of the tokenizer, and the model has 8; give"):
-        small = RetNet(RetNetConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_heads=1))
+        small = RetNet(zoo.retnet(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_heads=1))
         Session(small, byte_level)
     with pytest.raises(InputError, match="stop string is empty"):
         Session(model, byte_level, stop=["a", ""])
@@ -346,7 +344,7 @@ def test_a_step_that_is_broken_off_leaves_no_whole_session(model, byte_level, mo
 
 
 def test_a_session_whose_step_was_broken_off_does_not_go_on(byte_level, monkeypatch):
-    model = RetNet(RetNetConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_heads=4))
+    model = RetNet(zoo.retnet(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_heads=4))
     session = Session(model.eval(), byte_level, GREEDY)
     session.read(["a"])
     with monkeypatch.context() as broken:

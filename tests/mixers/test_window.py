@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+import zoo
 from torch import Tensor
 from torch.nn import functional as F
 
 from retentive.mixers.attention import QUERIES_AT_ONCE, attend_window
 from retentive.mixers.window import WindowCache
-from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 
 EXACT = {"rtol": 0.0, "atol": 1e-11}
@@ -84,7 +84,7 @@ def test_rows_of_other_lengths() -> None:
 
 @torch.no_grad()
 def test_memory_of_a_hybrid_does_not_grow() -> None:
-    config = RetNetConfig(
+    config = zoo.retnet(
         vocab_size=13,
         hidden_size=8,
         num_hidden_layers=2,

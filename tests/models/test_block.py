@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+import zoo
 from torch import Tensor
 from torch.nn import functional as F
 
 from retentive.layers.activations import ACTIVATIONS
 from retentive.layers.feed_forward import FeedForward
 from retentive.models.block import RESIDUALS
-from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 
 EXACT = {"rtol": 0.0, "atol": 1e-11}
@@ -29,7 +29,7 @@ def test_the_residual_wiring_is_what_its_name_says(kind, wanted) -> None:
     torch.manual_seed(0)
     f, n, g, m = (torch.nn.Linear(8, 8).double() for _ in range(4))
     x = torch.randn(2, 3, 8, dtype=torch.float64)
-    residual = RESIDUALS[kind](RetNetConfig(**SMALL, residual_scale=3.0))
+    residual = RESIDUALS[kind](zoo.retnet(**SMALL, residual_scale=3.0))
     y, kept = residual(x, lambda h: (f(h), "kept"), n, g, m)
     torch.testing.assert_close(y, wanted(x, f, n, g, m), **EXACT)
     assert kept == "kept"
@@ -40,7 +40,7 @@ def test_the_residual_wiring_is_what_its_name_says(kind, wanted) -> None:
 @pytest.mark.parametrize("subln", ["none", "layernorm", "rmsnorm"])
 def test_feed_forward(act: str, gated: bool, subln: str) -> None:
     torch.manual_seed(0)
-    config = RetNetConfig(
+    config = zoo.retnet(
         **SMALL, hidden_act=act, gated_ffn=gated, ffn_subln=subln, ffn_bias=True, norm_eps=0.1
     )
     ffn = FeedForward(8, config.ffn, config.norm_eps).double()
@@ -69,7 +69,7 @@ def test_feed_forward(act: str, gated: bool, subln: str) -> None:
 
 
 def model(**fields: object) -> RetNet:
-    made = RetNet(RetNetConfig(**SMALL, **fields))
+    made = RetNet(zoo.retnet(**SMALL, **fields))
     made.init_weights(seed=0)
     return made.double().eval()
 

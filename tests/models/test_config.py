@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import zoo
 
 from retentive.errors import InputError
 from retentive.mixers.attention import AttentionConfig
@@ -24,7 +25,7 @@ HYBRID = {"attention_layers": [1], "attention": {"num_heads": 2}}
 
 
 def test_defaults_are_the_papers_layer() -> None:
-    config = RetNetConfig(**SMALL)
+    config = zoo.retnet(**SMALL)
     assert (config.mixer.qk_dim, config.mixer.value_dim, config.ffn_dim) == (64, 128, 128)
     assert (config.mixer.qk_head_dim, config.mixer.value_head_dim) == (32, 64)
     assert (config.ffn.act, config.norm, config.mixer.head_norm) == (
@@ -107,13 +108,13 @@ def test_the_matching_transformer_of_a_retnet_without_a_gate() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        RetNetConfig(**SMALL, decay=(-0.1, 0.0), row_scale=True),
-        RetNetConfig(**SMALL, gate=False, head_norm="none"),
+        zoo.retnet(**SMALL, decay=(-0.1, 0.0), row_scale=True),
+        zoo.retnet(**SMALL, gate=False, head_norm="none"),
         RetNetConfig.named("200m", tie_word_embeddings=True),
-        RetNetConfig(**SMALL, block="post-norm", residual_scale=8**0.25, final_norm=False),
-        RetNetConfig(**SMALL, xpos_base=512.0, rotation="rope-across-heads", ffn_subln="rmsnorm"),
-        RetNetConfig(**SMALL, attention_layers=(0,), attention=AttentionConfig(2, window=7)),
-        TransformerConfig(**SMALL, num_kv_heads=1),
+        zoo.retnet(**SMALL, block="post-norm", residual_scale=8**0.25, final_norm=False),
+        zoo.retnet(**SMALL, xpos_base=512.0, rotation="rope-across-heads", ffn_subln="rmsnorm"),
+        zoo.retnet(**SMALL, attention_layers=(0,), attention=AttentionConfig(2, window=7)),
+        zoo.transformer(**SMALL, num_kv_heads=1),
     ],
 )
 def test_json_there_and_back(config) -> None:
@@ -132,17 +133,17 @@ def test_json_there_and_back(config) -> None:
 
 
 def test_a_plain_retnet_writes_no_field_that_only_others_need() -> None:
-    plain = RetNetConfig(**SMALL).to_dict()
+    plain = zoo.retnet(**SMALL).to_dict()
     assert not SPARSE & plain.keys()
     assert plain.keys() >= {"hidden_size", "decay", "rotation", "row_scale"}
-    set_by_hand = RetNetConfig(**SMALL, num_kv_heads=1, attention_layers=()).to_dict()
+    set_by_hand = zoo.retnet(**SMALL, num_kv_heads=1, attention_layers=()).to_dict()
     assert set_by_hand.keys() - plain.keys() == {"num_kv_heads"}
     assert SPARSE - {"window"} <= RETNET.keys()
 
 
 def test_attention_may_be_given_by_its_fields() -> None:
     """As a TOML table or JSON has it."""
-    given = RetNetConfig(**SMALL, attention_layers=(1,), attention={"num_heads": 4, "window": 8})
+    given = zoo.retnet(**SMALL, attention_layers=(1,), attention={"num_heads": 4, "window": 8})
     assert given.other_mixer == AttentionConfig(4, window=8)
     assert (given.other_mixer.kv_heads, given.other_mixer.qkv_bias) == (4, False)
 
@@ -213,8 +214,8 @@ def test_refuses_a_wrong_field(fields: dict, words: list[str]) -> None:
         (lambda: RetNetConfig.from_dict({"hidden_size": 8}), ["lacks 'vocab_size'"]),
         (lambda: config_from_dict({"model_type": "llama"}), ["'llama'", "retentive-transformer"]),
         (lambda: config_from_dict({}), ["None", "retentive"]),
-        (lambda: TransformerConfig(**SMALL, num_kv_heads=3), ["num_heads 2", "num_kv_heads 3"]),
-        (lambda: TransformerConfig(**{**SMALL, "num_heads": 64}), ["odd head dim 1"]),
+        (lambda: zoo.transformer(**SMALL, num_kv_heads=3), ["num_heads 2", "num_kv_heads 3"]),
+        (lambda: zoo.transformer(**{**SMALL, "num_heads": 64}), ["odd head dim 1"]),
         (
             lambda: matching_transformer(RetNetConfig.named("demo"), num_kv_heads=2),
             ["num_kv_heads 2"],
@@ -234,8 +235,6 @@ def test_refuses_what_cannot_be(call, words: list[str]) -> None:
 
 def test_lists_are_taken_for_tuples():
     decay = [-0.5, -0.25]
-    config = RetNetConfig(
-        vocab_size=8, hidden_size=16, num_hidden_layers=1, num_heads=2, decay=decay
-    )
+    config = zoo.retnet(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_heads=2, decay=decay)
     assert config.mixer.decay == tuple(decay)
     assert RetNetConfig.from_dict(config.to_dict()) == config

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import zoo
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from retentive.mixers.attention import AttentionConfig
 from retentive.models import counts
 from retentive.models.build import shapes
-from retentive.models.config import ModelConfig, RetNetConfig, TransformerConfig
+from retentive.models.config import ModelConfig, RetNetConfig
 from retentive.models.matching import matching_transformer
 
 
@@ -42,12 +43,12 @@ def test_flops_of_the_products_are_those_run(model, tokens: Tensor) -> None:
 
 
 def test_flops_by_hand() -> None:
-    retnet = RetNetConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=2)
+    retnet = zoo.retnet(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=2)
     # K 32, V 64: two products with 64 keys, two with the state; heads and layers times that.
     mixing = 2 * (2 * 64 * (32 + 64) + 4 * 32 * 64)
     assert mixing_flops(retnet, 7) == mixing_flops(retnet, 7000) == mixing
     assert counts.flops_per_token(retnet) == 2 * (2 * 12 * 64**2 + 100 * 64) + 2 * mixing
-    transformer = TransformerConfig(
+    transformer = zoo.transformer(
         vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=4, num_kv_heads=1
     )
     # q·k and p·v with 1000 keys for 64 dims of heads, whoever shares the keys.
@@ -68,7 +69,7 @@ def test_state_bytes_are_the_states(model, tokens: Tensor) -> None:
 
 def test_a_window_bounds_what_attention_costs() -> None:
     attention = AttentionConfig(num_heads=2, window=100)
-    hybrid = RetNetConfig(
+    hybrid = zoo.retnet(
         vocab_size=100,
         hidden_size=64,
         num_hidden_layers=3,
@@ -97,7 +98,7 @@ def test_parts_of_the_papers_sizes(size: str) -> None:
 
 
 def test_bytes_of_a_decoding_step_by_hand() -> None:
-    retnet = RetNetConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=2)
+    retnet = zoo.retnet(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=2)
     # 12 D² a layer and the head; two LayerNorms a layer and one at the end; the table is not read.
     weights = 2 * 12 * 64**2 + 100 * 64 + 5 * 2 * 64
     state = 2 * 2 * 32 * 64  # layers, heads, K, V: read and written for each row
@@ -105,11 +106,11 @@ def test_bytes_of_a_decoding_step_by_hand() -> None:
     half = counts.decode_bytes(retnet, 3, 7, dtype=torch.bfloat16)
     assert half == 2 * weights + 4 * 3 * 2 * state  # the state stays float32
     assert counts.decode_bytes(retnet, 3, 7, weights=1000) == 1000 + 4 * 3 * 2 * state
-    tied = RetNetConfig(
+    tied = zoo.retnet(
         vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=2, tie_word_embeddings=True
     )
     assert counts.decode_bytes(tied, 3, 7) == counts.decode_bytes(retnet, 3, 7)
-    transformer = TransformerConfig(
+    transformer = zoo.transformer(
         vocab_size=100, hidden_size=64, num_hidden_layers=2, num_heads=4, num_kv_heads=1
     )
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 16 + 2 * 64 * 256) + 100 * 64 + 5 * 2 * 64

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+import zoo
 from torch import Tensor
 
 from retentive.errors import InputError
-from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 from retentive.ops import FORMS
 
@@ -28,7 +28,7 @@ def relative(given: Tensor, wanted: Tensor) -> float:
 )
 def long_model(request) -> tuple[RetNet, Tensor, Tensor]:
     """A model whose projections are larger than at the start of training, tokens, its logits."""
-    config = RetNetConfig(
+    config = zoo.retnet(
         vocab_size=256, hidden_size=128, num_hidden_layers=2, num_heads=2, **request.param
     )
     model = RetNet(config).eval()
@@ -75,7 +75,7 @@ def test_bfloat16_stays_near_float32(long_model) -> None:
 
 
 def test_set_kernels_reaches_every_layer_and_refuses_unknown_words() -> None:
-    model = RetNet(RetNetConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2, num_heads=2))
+    model = RetNet(zoo.retnet(vocab_size=9, hidden_size=16, num_hidden_layers=2, num_heads=2))
     tokens = torch.arange(8)[None]
     assert model.set_kernels(form="chunkwise", backend="reference", chunk_size=3) is model
     given = {(x.retention.form, x.retention.backend, x.retention.chunk_size) for x in model.layers}
@@ -89,7 +89,7 @@ def test_set_kernels_reaches_every_layer_and_refuses_unknown_words() -> None:
 
 
 def test_names_of_the_weights() -> None:
-    config = RetNetConfig(
+    config = zoo.retnet(
         vocab_size=9, hidden_size=16, num_hidden_layers=1, num_heads=2, gated_ffn=True
     )
     assert set(RetNet(config).state_dict()) == {

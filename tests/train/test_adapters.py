@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file
 
 import retentive
@@ -21,7 +22,6 @@ from retentive.errors import InputError
 from retentive.layers import linear
 from retentive.mixers.retention import Recomputing
 from retentive.models.checkpoint import fingerprint, load, save_model
-from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 from retentive.train.checkpoints import RunFolder
@@ -45,7 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder to go on from."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    save_model(RetNet(RetNetConfig(**SIZES)), folder)
+    save_model(RetNet(zoo.retnet(**SIZES)), folder)
     save_tokenizer(byte_tokenizer(), folder)
     return folder
 
@@ -204,7 +204,7 @@ def test_a_resume_on_another_base_is_refused(tune: Tune, base: Path, tmp_path: P
     config = tune("state", model={"base": str(copy)}, train={"steps": 2})
     train(config, tmp_path / "run", quiet=True)
     torch.manual_seed(1)
-    save_model(RetNet(RetNetConfig(**SIZES)), copy)
+    save_model(RetNet(zoo.retnet(**SIZES)), copy)
     again = tune("state", model={"base": str(copy)}, train={"steps": 3})
     with pytest.raises(InputError, match="trained on another model, or on other weights"):
         train(again, tmp_path / "run", resume=True, quiet=True)
@@ -225,7 +225,7 @@ def test_fine_tuning_keeps_the_tokenizer_and_the_model(tune: Tune, base: Path, t
 
 
 def test_a_transformer_takes_lora_and_has_no_state(tune: Tune, tmp_path: Path):
-    save_model(Transformer(TransformerConfig(**SIZES)), tmp_path / "t")
+    save_model(Transformer(zoo.transformer(**SIZES)), tmp_path / "t")
     save_tokenizer(byte_tokenizer(), tmp_path / "t")
     changes = {"model": {"base": str(tmp_path / "t")}, "train": {"steps": 2}}
     assert train(tune("lora", **changes), tmp_path / "run", quiet=True).finished
@@ -303,7 +303,7 @@ def test_a_quantised_base_is_refused(tune: Tune, base: Path, tmp_path: Path):
 
 
 def test_a_tokenizer_too_large_for_the_base(tune: Tune, base: Path, tmp_path: Path):
-    save_model(RetNet(RetNetConfig(**SIZES | {"vocab_size": 200})), tmp_path / "small")
+    save_model(RetNet(zoo.retnet(**SIZES | {"vocab_size": 200})), tmp_path / "small")
     save_tokenizer(byte_tokenizer(), tmp_path / "small")
     config = tune("none", model={"base": str(tmp_path / "small")})
     with pytest.raises(InputError, match=r"the tokenizer has 257 entries, the model in .* 200"):

@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import zoo
+
 from retentive.models.checkpoint import save_model
-from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 
 
@@ -29,6 +30,6 @@ def test_a_killed_run_resumes_to_the_same_weights(texts: Path, tmp_path: Path):
 
 def test_a_killed_state_tuning_resumes_to_the_same_states(texts: Path, tmp_path: Path):
     sizes = {"vocab_size": 257, "hidden_size": 8, "num_hidden_layers": 1, "num_heads": 2}
-    save_model(RetNet(RetNetConfig(**sizes, dropout=0.1)), tmp_path / "base")
+    save_model(RetNet(zoo.retnet(**sizes, dropout=0.1)), tmp_path / "base")
     (tmp_path / "work").mkdir()
     assert killed_runs(tmp_path / "work", texts, tmp_path / "base") > 3

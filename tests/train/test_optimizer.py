@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+import zoo
 
-from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 from retentive.train.config import OptimizerConfig
 from retentive.train.optimizer import (
@@ -14,7 +14,7 @@ from retentive.train.optimizer import (
     restore_optimizer,
 )
 
-MODEL = RetNetConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_heads=2)
+MODEL = zoo.retnet(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_heads=2)
 
 
 @pytest.mark.parametrize(

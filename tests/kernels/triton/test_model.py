@@ -2,21 +2,21 @@
 
 import pytest
 import torch
+import zoo
 from torch import Tensor
 
 from retentive.decoding.graphs import GraphRunner
 from retentive.decoding.recurrent import RecurrentRunner
-from retentive.models.config import RetNetConfig
 from retentive.models.retnet import RetNet
 
 SIZES = {
     "vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "value_dim": 40,
 }  # fmt: skip
 CONFIGS = {
-    "plain": RetNetConfig(**SIZES),
-    "affine": RetNetConfig(**SIZES, head_norm_affine=True, gate_act="gelu", row_scale=True),
-    "grouped": RetNetConfig(**SIZES, num_kv_heads=1, head_norm="rmsnorm", rotation="rope"),
-    "without": RetNetConfig(**SIZES, gate=False, head_norm="none", rotary_dim=6),
+    "plain": zoo.retnet(**SIZES),
+    "affine": zoo.retnet(**SIZES, head_norm_affine=True, gate_act="gelu", row_scale=True),
+    "grouped": zoo.retnet(**SIZES, num_kv_heads=1, head_norm="rmsnorm", rotation="rope"),
+    "without": zoo.retnet(**SIZES, gate=False, head_norm="none", rotary_dim=6),
 }
 WITHIN = 5e-6  # relative L2, a layer of float32
 
