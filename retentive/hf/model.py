@@ -188,7 +188,8 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         asked = dict(kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        places = set(getattr(model, "hf_device_map", {}).values())
+        if len(places) > 1 or "disk" in places:
             raise InputError(
                 "device_map spreads the model over several devices or to disk; it runs whole on"
                 ' one: give device_map="cpu" or "cuda"'

@@ -122,7 +122,7 @@ def test_variants_differ_from_the_retnet_in_what_they_are_named_for():
     torch.testing.assert_close(
         log_decay(3, configs["one-decay"].mixer.decay).exp(), torch.full((3,), 127 / 128).double()
     )
-    assert configs["small-heads"].qk_head_dim == configs["retnet"].qk_head_dim // 4
+    assert configs["small-heads"].mixer.qk_head_dim == configs["retnet"].mixer.qk_head_dim // 4
     with torch.device("meta"):
         assert build_model(configs["no-gate"]).layers[0].retention.g_proj is None
 
