@@ -1,6 +1,7 @@
 """Who may import whom, and what `import retentive` needs."""
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -79,6 +80,51 @@ def test_the_rooms_have_no_circle():
         free = [name for name in ALLOWED if name not in order and ALLOWED[name] <= set(order)]
         assert free, f"a circle among {set(ALLOWED) - set(order)}"
         order += free
+
+
+def imported_modules(module: Path) -> set[str]:
+    """The modules of `retentive` that a file imports, for types only or not, dotted."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("retentive"):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Neither at run time nor for types only: what two modules both need is a third one."""
+    names = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+            ".__init__"
+        ): path
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py" or path.parent != PACKAGE
+    }
+    left = {name: imported_modules(path) & names.keys() - {name} for name, path in names.items()}
+    while left:
+        free = {name for name, needed in left.items() if not needed & left.keys()}
+        free |= left.keys() - set().union(*left.values())
+        assert free, f"a circle among {sorted(left)}"
+        left = {name: needed for name, needed in left.items() if name not in free}
+
+
+KINDS = (
+    r"RetNet|Transformer|(RetNet|Transformer|Model|Mixer|Retention|Attention)Config|"
+    r"Mixer|MultiScaleRetention|Retention|Attention|KVCache|WindowCache|TensorState"
+)
+MAY_ASK_FOR_KINDS = ("mixers/", "models/config.py", "convert/", "hf/")
+
+
+def test_nobody_asks_which_kind_a_model_config_or_mixer_is():
+    """A mixer, and a model for its mixers, answers what it can do: `retentive.mixers.base`."""
+    asked = [
+        f"{path.relative_to(PACKAGE)}: {line.strip()}"
+        for path in PACKAGE.rglob("*.py")
+        if not str(path.relative_to(PACKAGE)).startswith(MAY_ASK_FOR_KINDS)
+        for line in path.read_text().splitlines()
+        if re.search(rf"isinstance\([^)]*\b({KINDS})\b", line)
+    ]
+    assert asked == []
 
 
 def run(code: str) -> None:

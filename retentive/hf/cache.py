@@ -4,16 +4,32 @@ Columns are what transformers counts: the tokens of a batch, pads among them. A 
 read its real tokens only. Shapes: B rows, T columns.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retentive.errors import InputError
 from retentive.models.state import ModelState
 
 
+# What transformers calls the cache in calls and outputs: "past_key_values" before 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+SPELLINGS = ("cache", "past_key_values")
+
+
+def take_cache(arguments: dict[str, Any]) -> Any:
+    """The cache among the arguments of a call, by either spelling, taken out of them."""
+    given = [arguments.pop(name) for name in SPELLINGS if arguments.get(name) is not None]
+    if len(given) > 1:
+        raise InputError("cache and past_key_values are one argument; give one of them")
+    return given[0] if given else None
+
+
 class RetentiveCache(Cache):
-    """The states of the rows of a batch: `past_key_values` for any of our models.
+    """The states of the rows of a batch: the `cache` of any of our models.
 
     A RetNet's does not grow with the text. `copy.copy` branches it: states are never changed.
 
@@ -23,7 +39,8 @@ class RetentiveCache(Cache):
     """
 
     is_compileable = False  # pyright: ignore[reportAssignmentType]
-    is_croppable = False  # pyright: ignore[reportAssignmentType]
+    # It counts its columns: a prompt that repeats them is cut to what is new.
+    is_linear = (False,)  # pyright: ignore[reportAssignmentType]
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -37,6 +54,11 @@ class RetentiveCache(Cache):
         self.mask: Tensor | None = None  # `[B,seen]`, True at real tokens; None where all are
         self.unread: Tensor | None = None  # tokens `[B,T]`
         self.mark()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether columns can be taken back."""
+        return self.records
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -58,8 +80,8 @@ class RetentiveCache(Cache):
         before = mask[:, : self.seen]
         if not (before.all() if self.mask is None else torch.equal(before, self.mask)):
             raise InputError(
-                "attention_mask calls tokens padding that past_key_values has read, or the other"
-                " way round (rows that end early read pads); begin again without past_key_values"
+                "attention_mask calls tokens padding that the cache has read, or the other way round"
+                " (rows that end early read pads); begin again without a cache"
             )
         real = mask[:, self.seen :]
         return None if real.all() else real
@@ -101,7 +123,7 @@ class RetentiveCache(Cache):
         marked = self.seen - sum(tokens.shape[1] for tokens in self._since)
         if not marked <= stay < self.seen:
             raise InputError(
-                f"past_key_values cannot go back to {stay} of {self.seen} tokens: a recurrent"
+                f"the cache cannot go back to {stay} of {self.seen} tokens: a recurrent"
                 " state forgets nothing; keep a copy.copy from before, or read the text again"
             )
         kept = torch.cat(self._since, 1)[:, : stay - marked]
@@ -132,7 +154,7 @@ def checked(cache: object) -> RetentiveCache:
     """InputError for another library's cache."""
     if not isinstance(cache, RetentiveCache):
         raise InputError(
-            f"past_key_values is a {type(cache).__name__}, which holds keys and values; give a"
+            f"the cache is a {type(cache).__name__}, which holds keys and values; give a"
             " retentive.hf.RetentiveCache(), or None"
         )
     return cache

@@ -24,7 +24,7 @@ class RetentiveConfig(PreTrainedConfig):
     """
 
     model_type = ModelConfig.model_type
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
     has_no_defaults_at_init: ClassVar[bool] = True
 

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from retentive.errors import InputError
-from retentive.hf.cache import RetentiveCache, checked
+from retentive.hf.cache import CACHE, RetentiveCache, checked, take_cache
 from retentive.hf.card import write_card
 from retentive.hf.config import (
     RetentiveConfig,
@@ -65,7 +65,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: RetentiveCache | None = None,
+        cache: RetentiveCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -74,6 +74,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: RetentiveCache | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits `[B,T,vocab]`, loss, and the cache after these tokens.
 
@@ -86,7 +87,9 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: that of the config, True unless said, but False in training.
         output_hidden_states: that of the config unless given.
         position_ids: refused, since attention_mask says where rows begin.
+        past_key_values: the cache, as transformers before 5.24 spells it.
         """
+        given = take_cache({"cache": cache, "past_key_values": past_key_values})
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise InputError("retention forms no attention weights; leave output_attentions out")
         if position_ids is not None:
@@ -99,16 +102,16 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         tokens = _one_of(input_ids, inputs_embeds)
-        cache = RetentiveCache() if past_key_values is None else checked(past_key_values)
+        cache = RetentiveCache() if given is None else checked(given)
         real = cache.real(attention_mask, tokens)
         if cache.records:
             tokens, real = self._read_ahead(cache, tokens, real, logits_to_keep)
-        if past_key_values is not None and labels is None and _only_pads(real):
+        if given is not None and labels is None and _only_pads(real):
             cache.add(tokens, real, cache.state)
             return self._of_pads(tokens, cache, logits_to_keep, output_hidden_states)
 
         layout = self.retentive.layout(tokens, cache.state, real)
-        if past_key_values is None and not use_cache:
+        if given is None and not use_cache:
             layout = dataclasses.replace(layout, keeps_state=False)
         with _inputs(self.retentive.layers if output_hidden_states else ()) as hidden_states:
             h, after = self.retentive.hidden(layout.unpad(tokens), cache.state, layout=layout)
@@ -127,7 +130,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=logits,  # pyright: ignore[reportArgumentType]
-            past_key_values=None if after is None else cache,
+            **{CACHE: None if after is None else cache},
             hidden_states=tuple(map(layout.pad, [*hidden_states, h])) if hidden_states else None,  # pyright: ignore
         )
 
@@ -144,7 +147,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         states = (zeros.new_zeros(*shape, config.hidden_size),) * (config.num_hidden_layers + 1)
         return CausalLMOutputWithPast(
             logits=zeros[:, _columns(logits_to_keep)],  # pyright: ignore[reportArgumentType]
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=states if output_hidden_states else None,  # pyright: ignore
         )
 
@@ -232,6 +235,12 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
 
     # What transformers does with a model
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers has it; takes the cache by either of its names."""
+        if (cache := take_cache(kwargs)) is not None:
+            kwargs[CACHE] = cache
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
     def train(self, mode: bool = True):
         self.retentive.training = mode
         return super().train(mode)
@@ -282,11 +291,11 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
             generation_config, model_kwargs, generation_mode, *args
         )
         if generation_config.use_cache is not False:
-            given = model_kwargs.get("past_key_values")
+            given = take_cache(model_kwargs)
             cache = RetentiveCache() if given is None else checked(given)
             if generation_config.is_assistant or generation_mode == _ASSISTED:
                 cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE] = cache
 
 
 class RetentiveTransformerForCausalLM(RetentiveForCausalLM):

@@ -1,6 +1,7 @@
 """Models of equal size: the same but for the mixer, with the FFN that gives as many parameters."""
 
 import dataclasses
+from typing import cast
 
 from retentive.errors import InputError
 from retentive.mixers import mixer_class
@@ -58,6 +59,4 @@ def matching_transformer(config: ModelConfig, num_kv_heads: int | None = None) -
     mixer = AttentionConfig.default(config.hidden_size)
     if num_kv_heads is not None:
         mixer = dataclasses.replace(mixer, num_kv_heads=num_kv_heads)
-    matched = with_mixer(config, mixer)
-    assert isinstance(matched, TransformerConfig)
-    return matched
+    return cast(TransformerConfig, with_mixer(config, mixer))

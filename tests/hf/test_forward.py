@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 import retentive.hf as hf
 from retentive.errors import InputError
+from retentive.hf.cache import CACHE
 
 EXACT = 1e-12  # of numbers of order 1 in float64
 
@@ -38,7 +39,7 @@ def test_the_models_own_logits(ours, theirs, tokens) -> None:
 
 def test_a_row_is_as_it_is_alone_wherever_its_pads_are(theirs, tokens, mask) -> None:
     together = theirs(tokens, mask)
-    more = theirs(tokens[:, :5], F.pad(mask, (0, 5), value=1), together.past_key_values)
+    more = theirs(tokens[:, :5], F.pad(mask, (0, 5), value=1), together.get(CACHE))
     for row in range(3):
         real = mask[row].bool()
         alone = theirs(torch.cat([tokens[row, real], tokens[row, :5]])[None]).logits[0]
@@ -50,12 +51,12 @@ def test_a_row_is_as_it_is_alone_wherever_its_pads_are(theirs, tokens, mask) -> 
 def test_a_text_in_pieces(theirs, tokens) -> None:
     expected = theirs(tokens).logits
     first = theirs(tokens[:, :5])
-    branch = copy.copy(first.past_key_values)
-    rest = theirs(tokens[:, 5:], past_key_values=first.past_key_values)
+    branch = copy.copy(first.get(CACHE))
+    rest = theirs(tokens[:, 5:], past_key_values=first.get(CACHE))
     assert close(torch.cat([first.logits, rest.logits], 1), expected)
-    assert rest.past_key_values.get_seq_length() == 12
+    assert rest.get(CACHE).get_seq_length() == 12
     assert close(theirs(tokens[:, 5:], past_key_values=branch).logits, rest.logits)
-    assert theirs(tokens, use_cache=False).past_key_values is None
+    assert theirs(tokens, use_cache=False).get(CACHE) is None
 
 
 def test_embeddings_instead_of_tokens(theirs, tokens, mask) -> None:
@@ -75,11 +76,11 @@ def test_hidden_states(ours, theirs, tokens, mask) -> None:
 def test_what_the_config_says_of_a_call(make_folder, tokens) -> None:
     folder = make_folder("retnet")
     model = AutoModelForCausalLM.from_pretrained(folder, use_cache=False, output_hidden_states=True)
-    assert model(tokens).past_key_values is None and len(model(tokens).hidden_states) == 3
+    assert model(tokens).get(CACHE) is None and len(model(tokens).hidden_states) == 3
     asked = model(tokens, use_cache=True, output_hidden_states=False)
-    assert asked.past_key_values.seen == 12 and asked.hidden_states is None
+    assert asked.get(CACHE).seen == 12 and asked.hidden_states is None
     model.config.use_cache = True
-    assert model(tokens).past_key_values is not None
+    assert model(tokens).get(CACHE) is not None
     model.config.output_attentions = True
     refused("output_attentions", model, tokens)
 
@@ -101,7 +102,7 @@ def test_labels(theirs, tokens, mask, padded) -> None:
     gradients = [torch.autograd.grad(losses.mean(), theirs.parameters())]
     given = theirs(tokens, mask, labels=labels)
     gradients.append(torch.autograd.grad(given.loss, theirs.parameters()))
-    assert given.logits is None and given.past_key_values is None
+    assert given.logits is None and given.get(CACHE) is None
     assert close(given.loss, losses.mean())
     assert all(map(close, *gradients))
     counted = theirs(tokens, mask, labels=labels, num_items_in_batch=torch.tensor(7))
@@ -170,10 +171,10 @@ def test_mistakes(make_folder, tokens, mask) -> None:
     refused("output_attentions", model, tokens, output_attentions=True)
     refused("documents packed by them", model, tokens, position_ids=torch.zeros_like(tokens))
     refused("labels are", model, tokens, labels=tokens[:, 1:])
-    read = model(tokens, mask).past_key_values
+    read = model(tokens, mask).get(CACHE)
     refused(r"give \[3, 13\]", model, tokens[:, :1], mask[:, :1], read)
     refused("begin again", model, tokens[:, :1], torch.ones(3, 13), read)
-    whole = model(tokens).past_key_values
+    whole = model(tokens).get(CACHE)
     refused("begin again", model, tokens[:, :1], F.pad(mask, (0, 1), value=1), whole)
     refused("forgets nothing", whole.crop, -1)
     assert repr(whole) == "RetentiveCache(12 tokens)"

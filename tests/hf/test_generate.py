@@ -19,6 +19,7 @@ import retentive
 import retentive.hf as hf
 from retentive.data.tokenizer import END, load_tokenizer, save_tokenizer
 from retentive.errors import InputError
+from retentive.hf.cache import CACHE
 from retentive.models.checkpoint import load
 from retentive.models.language_model import LanguageModel
 
@@ -149,7 +150,7 @@ def test_turns(theirs, tokens) -> None:
     first = theirs.generate(
         tokens, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **GREEDY
     )
-    cache = first.past_key_values
+    cache = first[CACHE]
     assert isinstance(cache, hf.RetentiveCache)
     assert cache.get_seq_length() == first.sequences.shape[1] - 1
     whole = torch.cat([first.sequences, tokens[:, :4]], 1)
@@ -173,8 +174,8 @@ def test_a_row_that_ended_early_cannot_go_on_from_the_cache(theirs, tokens) -> N
     mask[:, 12:-1] = (first.sequences[:, 12:] != 0).int()
     assert not mask[1, 13:-1].any() and mask[0].all()
     whole = torch.cat([first.sequences, tokens[:, :1]], 1)
-    with pytest.raises(InputError, match="begin again without past_key_values"):
-        theirs.generate(whole, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY)
+    with pytest.raises(InputError, match="begin again without a cache"):
+        theirs.generate(whole, attention_mask=mask, past_key_values=first[CACHE], **GREEDY)
     assert theirs.generate(whole, attention_mask=mask, **GREEDY).shape == (3, 29)
 
 
