@@ -21,7 +21,7 @@ test: $(READY)
 test-newest:
 	@sh scripts/environment.sh "$(PY)" .venv-newest "$(TORCH)"
 	@echo "retentive: the lock's versions -> those of this run"
-	@.venv-newest/bin/python -m pip freeze | .venv-newest/bin/python scripts/versions.py requirements.lock /dev/stdin
+	@.venv-newest/bin/python -m pip freeze --all | .venv-newest/bin/python scripts/versions.py requirements.lock /dev/stdin
 	@.venv-newest/bin/python -m pytest -m "not slow" -o filterwarnings=error:::retentive
 
 lint: $(READY)
