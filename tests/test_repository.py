@@ -5,14 +5,20 @@ A small shell script stands for python: the real one answers its questions about
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
+LOCK = (ROOT / "requirements.lock").read_text().splitlines()
 
 PYTHON = """#!/bin/sh
 case "$*" in
@@ -34,7 +40,7 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "scripts"):
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "scripts"):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, tmp_path / name)
@@ -69,9 +75,10 @@ def complaint(result: subprocess.CompletedProcess[str]) -> str:
 
 def test_a_second_make_has_nothing_to_do(checkout: Path):
     assert set_up(checkout).returncode == 0
-    torch_alone, the_rest = (checkout / "installed").read_text().splitlines()
-    assert torch_alone.endswith("-c constraints.txt torch>=2.11")
-    assert the_rest.endswith("-c constraints.txt -e .[dev,eval,export,hf]")
+    torch_alone, build_tools, the_lock = (checkout / "installed").read_text().splitlines()
+    assert torch_alone.endswith("-c requirements.lock torch")
+    assert build_tools.endswith("-c requirements.lock hatchling editables setuptools")
+    assert the_lock.endswith("--no-deps --no-build-isolation -r requirements.lock -e .")
     again = set_up(checkout)
     assert again.returncode == 0
     assert "up to date" in again.stdout
@@ -80,9 +87,9 @@ def test_a_second_make_has_nothing_to_do(checkout: Path):
 def test_changed_requirements_bring_the_environment_up_to_date(checkout: Path):
     set_up(checkout)
     newer = (checkout / ".venv/ready").stat().st_mtime + 10
-    os.utime(checkout / "constraints.txt", (newer, newer))
+    os.utime(checkout / "requirements.lock", (newer, newer))
     assert set_up(checkout).returncode == 0
-    assert len((checkout / "installed").read_text().splitlines()) == 4
+    assert len((checkout / "installed").read_text().splitlines()) == 2 * 3
     assert (checkout / "made").read_text() == "made\n"
 
 
@@ -140,6 +147,54 @@ def test_an_update_that_is_cut_short_is_not_ready(checkout: Path):
     assert (checkout / "made").read_text() == "made\n" * 2
 
 
-def test_the_requirement_for_torch_is_written_once_with_one_meaning():
-    assert '"torch>=2.11"' in (ROOT / "pyproject.toml").read_text()
-    assert '"torch>=2.11"' in (ROOT / "scripts/environment.sh").read_text()
+def test_the_newest_versions_go_to_an_environment_of_their_own(checkout: Path):
+    command = ["sh", "scripts/environment.sh", "./python", ".venv-newest", "torch<2.14"]
+    fake = (checkout / "python").read_text()
+    script(checkout / "python", fake.replace(".venv/", ".venv-newest/"))
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    torch_alone, the_rest = (checkout / "installed").read_text().splitlines()
+    assert torch_alone.endswith("install --disable-pip-version-check torch<2.14")
+    assert the_rest.endswith("--upgrade-strategy eager torch<2.14 -e .[dev,eval,export,hf]")
+    assert not (checkout / ".venv").exists()
+
+
+def test_the_lock_answers_every_requirement_of_pyproject_within_its_range():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lists = [project["dependencies"], *(extras[e] for e in ("dev", "eval", "export", "hf"))]
+    pins = [Requirement(line) for line in LOCK if not line.startswith("#")]
+    versions = {pin.name: next(iter(pin.specifier)).version for pin in pins}
+    for requirement in map(Requirement, chain(*lists)):
+        version = versions[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}, locked at {version}"
+
+
+def test_the_lock_holds_versions_and_markers_only_and_nothing_of_cuda():
+    for line in LOCK[1:]:
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+( ; [a-z_]+ .*)?", line), line
+        assert not line.startswith(("nvidia-", "cuda-"))
+
+
+def test_renewing_the_lock_says_what_changed(tmp_path: Path):
+    (tmp_path / "old").write_text("# a lock\ngone==1\nnumpy==2.4.6 ; python_version < '3.12'\n")
+    (tmp_path / "new").write_text("came==3\nNumPy==2.5.5\n-e /some/where\n")
+    versions = [sys.executable, ROOT / "scripts/versions.py"]
+    said = subprocess.check_output([*versions, tmp_path / "old", tmp_path / "new"], text=True)
+    assert said == "came (none) -> 3\ngone 1 -> (none)\nnumpy 2.4.6 -> 2.5.5\n"
+    said = subprocess.check_output([*versions, tmp_path / "old", tmp_path / "old"], text=True)
+    assert said == "no version changed\n"
+
+
+def test_in_a_run_on_the_newest_versions_only_warnings_of_our_own_are_errors(tmp_path: Path):
+    (only,) = re.findall(r"-o (filterwarnings=\S+)", (ROOT / "Makefile").read_text())
+    (tmp_path / "test_it.py").write_text(
+        "import warnings\n"
+        "def test_theirs():\n"
+        "    warnings.warn_explicit('old', FutureWarning, 'f.py', 1, module='torch.nn')\n"
+        "def test_ours():\n"
+        "    warnings.warn_explicit('slow', UserWarning, 'f.py', 1, module='retentive.ops')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", only, "test_it.py"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "FutureWarning: old" in run.stdout
+    assert "1 failed, 1 passed, 1 warning" in run.stdout
