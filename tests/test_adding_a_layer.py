@@ -100,7 +100,7 @@ def test_it_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
     assert json.loads(Path("run/config.json").read_text())["mixer"] == {"kind": "ema", "expand": 2}
     Path("book.txt").write_text("abc " * 500)
     capsys.readouterr()
-    assert main("eval perplexity run book.txt --window 64".split()) == 0
+    assert main("eval perplexity run book.txt --windows 64".split()) == 0
     assert "whole" in capsys.readouterr().out  # its state has a fixed size
 
 

@@ -14,7 +14,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from retentive.errors import InputError
 from retentive.models.state import ModelState
 
-
 # What transformers calls the cache in calls and outputs: "past_key_values" before 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 SPELLINGS = ("cache", "past_key_values")
