@@ -26,7 +26,7 @@ from retentive.models.matching import of_kind
 
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "adding-a-layer.md"
-CORPUS = "\f".join("def f(x):\n    return x + %d\n\n\n" % n * 20 for n in range(20))
+CORPUS = "\f".join(f"def f(x):\n    return x + {n}\n\n\n" * 20 for n in range(20))
 RUN = """
 [model]
 hidden_size = 16

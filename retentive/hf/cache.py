@@ -79,7 +79,7 @@ class RetentiveCache(Cache):
         before = mask[:, : self.seen]
         if not (before.all() if self.mask is None else torch.equal(before, self.mask)):
             raise InputError(
-                "attention_mask calls tokens padding that the cache has read, or the other way round"
+                "attention_mask calls tokens padding that the cache has read, or the reverse"
                 " (rows that end early read pads); begin again without a cache"
             )
         real = mask[:, self.seen :]

@@ -44,10 +44,8 @@ def test_defaults_are_the_papers_layer() -> None:
 @pytest.mark.parametrize("width", [256, 1024, 2048])
 @pytest.mark.parametrize("kind", [RetNetConfig, TransformerConfig])
 def test_a_gated_ffn_has_as_many_parameters(kind, width: int) -> None:
-    plain, gated = (
-        kind.from_dict({**SMALL, "hidden_size": width, "gated_ffn": gated})
-        for gated in (False, True)
-    )
+    sizes = {**SMALL, "hidden_size": width}
+    plain, gated = (kind.from_dict({**sizes, "gated_ffn": gated}) for gated in (False, True))
     assert counts.parameters(gated)["ffn"] == pytest.approx(
         counts.parameters(plain)["ffn"], rel=0.01
     )

@@ -1,9 +1,8 @@
 """Causal language models of Hugging Face's shape: Llama, and flash-linear-attention's RetNet."""
 
-from collections.abc import inspect
+from collections.abc import Iterable
 from typing import Any
 
-import Iterable
 import torch
 from torch import Tensor
 
@@ -40,17 +39,11 @@ class HuggingFace:
 
     def decoder(self, batch: int, context: int) -> tasks.Step:
         tokens = torch.randint(0, self.model.config.vocab_size, (batch, context))
-        return self._steps(self.read(tokens.to(self.model.device))[self._cache_name])
-
-    @property
-    def _cache_name(self) -> str:
-        """transformers renamed the argument in 5.24."""
-        there = "cache" in inspect.signature(self.model.forward).parameters
-        return "cache" if there else "past_key_values"
+        return self._steps(self.read(tokens.to(self.model.device)).past_key_values)
 
     def _steps(self, cache: Any) -> tasks.Step:
         def step(token: Tensor) -> Tensor:
-            arguments = {self._cache_name: cache, "use_cache": True, "logits_to_keep": 1}
+            arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
             return self.model(input_ids=token[:, None], **arguments).logits[:, -1]
 
         return step
