@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from retentive.arguments import parse
@@ -16,6 +15,7 @@ from retentive.models.checkpoint import empty_model, load_config
 from retentive.models.config import RetNetConfig, TransformerConfig
 from retentive.models.counts import flops_per_token, parameters, state_bytes, weight_bytes
 from retentive.ops.decay import half_life, log_decay
+from retentive.reports.tables import console, new_table, scaled, size
 
 Config = RetNetConfig | TransformerConfig
 
@@ -42,12 +42,12 @@ def main(argv: Sequence[str]) -> None:
         columns, lambda c, n: size(state_bytes(c, n, dtype=torch.bfloat16))
     )
     tables["FLOPs of a token, by the tokens before it"] = cost_table(
-        columns, lambda c, n: _scaled(flops_per_token(c, n), 1000, ("", "k", "M", "G", "T"))
+        columns, lambda c, n: scaled(flops_per_token(c, n), 1000, ("", "k", "M", "G", "T"))
     )
-    console = Console(highlight=False)
-    console.print(f"{options.model}: {describe(config)}")
+    out = console()
+    out.print(f"{options.model}: {describe(config)}")
     for title, table in tables.items():
-        console.print(f"\n[bold]{title}[/bold]", table, sep="\n")
+        out.print(f"\n[bold]{title}[/bold]", table, sep="\n")
 
 
 def find_config(name: str) -> Config:
@@ -95,7 +95,7 @@ def attention_layers(config: RetNetConfig) -> str:
 
 
 def parameter_table(config: Config) -> Table:
-    table = _table("part", "parameters", "share")
+    table = new_table("", ["part", "parameters", "share"], words=["part"])
     parts = parameters(config)
     total = sum(parts.values())
     for part, count in parts.items():
@@ -116,7 +116,7 @@ def stored_bytes(config: Config) -> int:
 
 
 def heads(config: RetNetConfig) -> Table:
-    table = _table("head", "decay γ", "half-life")
+    table = new_table("", ["head", "decay γ", "half-life"])
     decays = log_decay(config.num_heads, config.decay)
     for head, (gamma, tokens) in enumerate(
         zip(decays.exp().tolist(), half_life(decays).tolist(), strict=True)
@@ -128,15 +128,10 @@ def heads(config: RetNetConfig) -> Table:
 
 def cost_table(columns: dict[str, Config], cell: Callable[[Config, int], str]) -> Table:
     """`cell` of each config at each context."""
-    table = _table("context", *columns)
+    table = new_table("", ["context", *columns])
     for context in CONTEXTS:
         table.add_row(f"{context:,}", *(cell(config, context) for config in columns.values()))
     return table
-
-
-def size(count: float) -> str:
-    """`count` bytes, to three digits."""
-    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def _kind(config: Config) -> str:
@@ -144,19 +139,3 @@ def _kind(config: Config) -> str:
         return "hybrid RetNet" if config.attention_layers else "RetNet"
     fold = config.num_heads // config.kv_heads
     return "Transformer, " + ("MHA" if fold == 1 else f"GQA {fold}-fold")
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table()
-    table.add_column(first)
-    for heading in others:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _scaled(value: float, base: int, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        if value < 0.9995 * base:
-            return f"{value:.3g} {unit}"
-        value /= base
-    return f"{value:.3g} {units[-1]}"
