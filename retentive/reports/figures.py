@@ -123,10 +123,11 @@ def label_ends(axes: "Axes") -> None:
     assert drawn is not None
     drawn.draw_without_rendering()  # settles where the axes are
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    points = [line.get_xydata()[-1] for line in lines]  # pyright: ignore[reportIndexIssue]
-    ends = [(float(x), float(y)) for x, y in points]
+    ends: list[Any] = [line.get_xydata()[-1] for line in lines]  # pyright: ignore[reportIndexIssue]
     heights = [axes.transData.transform(end)[1] * 72 / drawn.dpi for end in ends]  # in points
-    for line, end, height, place in zip(lines, ends, heights, _spread(heights), strict=True):
+    rows = max(str(line.get_label()).count("\n") + 1 for line in lines)
+    places = _spread(heights, 1.25 * rows * STYLE["font.size"])
+    for line, end, height, place in zip(lines, ends, heights, places, strict=True):
         axes.annotate(
             str(line.get_label()),
             end,
@@ -137,7 +138,7 @@ def label_ends(axes: "Axes") -> None:
         )
 
 
-def _spread(heights: Sequence[float], gap: float = 1.25 * STYLE["font.size"]) -> list[float]:
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
     """Heights near these, in the same order, of which no two are closer than `gap`."""
     order, places = sorted(range(len(heights)), key=lambda n: heights[n]), list(heights)
     for _ in range(100):  # neighbours that touch push each other away, until all have room

@@ -1,4 +1,4 @@
-"""A contender's process: what it answers, and what is told when it fails or dies."""
+"""A contender's process: its answers, and the line that says why it failed or died."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from retentive.bench.contenders import Entry, chosen
-from retentive.bench.models import Subject
+from retentive.bench.models import ReferenceModel
 from retentive.bench.peers import Unavailable
 from retentive.bench.processes import Process
 from retentive.models.config import RetNetConfig
@@ -31,7 +31,7 @@ def test_a_case_after_the_other(process):
     assert memory["peak"] >= memory["start"] > 10**7
     with pytest.raises(Unavailable, match=r"unknown form 'chunk' .did you mean"):
         process.prepare({**op.case(OP), "retention": "chunk"})
-    (model,) = (Entry(c, Subject("small", SMALL)) for c in chosen("decode", "retnet-eager"))
+    (model,) = (Entry(c, ReferenceModel("small", SMALL)) for c in chosen("decode", "retnet-eager"))
     case = {"task": "decode", "device": "cpu", "dtype": "float32", "threads": 1}
     facts = process.prepare(model.case({**case, "batch": 2, "context": 70}))
     assert facts["form"] == "recurrent" and facts["parameters"] > 0
@@ -45,7 +45,7 @@ def test_one_that_is_killed_says_so(process):
         process.run()
 
 
-def test_one_that_dies_outright_says_its_last_words():
+def test_one_that_ends_at_once_shows_its_last_line():
     process = Process("nobody", 1)
     with pytest.raises(Unavailable, match=r"ended with code 1: .*nobody"):
         process.memory()

@@ -24,7 +24,7 @@ def row(contender="retnet", seconds=2.0, limit=100.0, **case) -> Row:
 
 def result(*rows: Row) -> Result:
     limits = Limits(torch.device("cpu"), torch.float32, [1.0, 3.0], [5.0])
-    made = Result.begun("op", OpBenchmark(device="cpu"), limits)
+    made = Result.new("op", OpBenchmark(device="cpu"), limits)
     made.rows = list(rows)
     return made
 
