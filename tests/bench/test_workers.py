@@ -11,7 +11,7 @@ from retentive.bench.workers import huggingface, ours, peers
 from retentive.bench.workers.along import TIMED, prepare_along
 from retentive.models.checkpoint import save_model
 from retentive.models.config import RetNetConfig
-from retentive.models.counts import decode_bytes
+from retentive.models.counts import decode_bytes, state_bytes
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 
@@ -65,6 +65,30 @@ def test_a_fork_goes_on_alone():
         fork = decoder.fork()
         first, again = (d(torch.tensor([3])) for d in (decoder, fork))
         torch.testing.assert_close(first, again)
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer-gqa8"])
+def test_a_recorded_step_is_the_step_behind_its_context(name):
+    small = RetNetConfig(vocab_size=32, hidden_size=512, num_hidden_layers=2, num_heads=2)
+    decode = case("decode", name, ReferenceModel("small", small), tokens=16)
+    made, tokens = ours.Ours(decode), torch.tensor([3, 5])
+    with torch.inference_mode():
+        decoder = ours.CacheDecoder.empty(made.model, 2, 70 + 1)
+        decoder.skip(70)
+        recorded = ours.RecordedDecoder(decoder, lambda step: step)
+        first, again = recorded(tokens), recorded(tokens)
+        assert torch.equal(first, again) and torch.equal(first, decoder(tokens))
+    assert decoder.sdpa_kernel.endswith(("attention", "math"))
+    assert ours.training_kernel(made.model, decode).endswith(("attention", "math"))
+
+
+@pytest.mark.parametrize("name", ["retnet", "retnet-eager", "transformer"])
+def test_a_decoder_knows_the_bytes_of_its_state(name):
+    made = ours.Ours(case("decode", name))
+    decoder = made.decoder(batch=3, context=70)
+    with torch.inference_mode():
+        decoder(torch.tensor([1, 2, 3]))
+    assert decoder.state_bytes == 3 * state_bytes(made.model.config, 71)
 
 
 def test_states_kept_along_a_sequence_can_be_gone_on_from():
