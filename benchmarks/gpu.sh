@@ -9,4 +9,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
-exec "${PY:-python3}" -m retentive.bench.gpu "$@"
+exec "${PY:-python3}" benchmarks/gpu/run.py "$@"

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from retentive.arguments import parse
@@ -24,6 +23,7 @@ from retentive.models.counts import (
     weight_bytes,
 )
 from retentive.models.matching import matching_transformer
+from retentive.reports.tables import console, new_table, scaled, size
 
 CONTEXTS = (2048, 8192, 131072)
 
@@ -46,12 +46,12 @@ def main(argv: Sequence[str]) -> None:
         columns, lambda c, n: size(state_bytes(c, n, dtype=torch.bfloat16))
     )
     tables["FLOPs of a token, by the tokens before it"] = cost_table(
-        columns, lambda c, n: _scaled(flops_per_token(c, n), 1000, ("", "k", "M", "G", "T"))
+        columns, lambda c, n: scaled(flops_per_token(c, n), 1000, ("", "k", "M", "G", "T"))
     )
-    console = Console(highlight=False)
-    console.print(f"{options.model}: {describe(config)}")
+    out = console()
+    out.print(f"{options.model}: {describe(config)}")
     for title, table in tables.items():
-        console.print(f"\n[bold]{title}[/bold]", table, sep="\n")
+        out.print(f"\n[bold]{title}[/bold]", table, sep="\n")
 
 
 def find_config(name: str) -> ModelConfig:
@@ -95,7 +95,7 @@ def describe(config: ModelConfig) -> str:
 
 
 def parameter_table(config: ModelConfig) -> Table:
-    table = _table("part", "parameters", "share")
+    table = new_table("", ["part", "parameters", "share"], words=["part"])
     parts = parameters(config)
     total = sum(parts.values())
     for part, count in parts.items():
@@ -116,7 +116,7 @@ def stored_bytes(config: ModelConfig) -> int:
 
 
 def heads(config: ModelConfig) -> Table:
-    table = _table("head", "decay γ", "half-life")
+    table = new_table("", ["head", "decay γ", "half-life"])
     for head, tokens in enumerate(half_lives(config)):
         shown = "∞" if isinf(tokens) else f"{tokens:,.{1 if tokens < 1000 else 0}f}"
         table.add_row(str(head), f"{0.5 ** (1 / tokens):.8g}", shown)
@@ -125,15 +125,10 @@ def heads(config: ModelConfig) -> Table:
 
 def cost_table(columns: dict[str, ModelConfig], cell: Callable[[ModelConfig, int], str]) -> Table:
     """`cell` of each config at each context."""
-    table = _table("context", *columns)
+    table = new_table("", ["context", *columns])
     for context in CONTEXTS:
         table.add_row(f"{context:,}", *(cell(config, context) for config in columns.values()))
     return table
-
-
-def size(count: float) -> str:
-    """`count` bytes, to three digits."""
-    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def _kind(config: ModelConfig) -> str:
@@ -144,19 +139,3 @@ def _kind(config: ModelConfig) -> str:
         return "Transformer, " + ("MHA" if fold == 1 else f"GQA {fold}-fold")
     known = {"retention": "RetNet"}.get(names[0], names[0])
     return known if len(set(names)) == 1 else f"hybrid {known}"
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table()
-    table.add_column(first)
-    for heading in others:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _scaled(value: float, base: int, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        if value < 0.9995 * base:
-            return f"{value:.3g} {unit}"
-        value /= base
-    return f"{value:.3g} {units[-1]}"

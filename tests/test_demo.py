@@ -1,27 +1,21 @@
-"""The demo from end to end at a size of seconds: told, drawn, resumed, not trained twice."""
+"""The demo from end to end at a size of seconds: printed, drawn, resumed, not trained twice."""
 
 import re
 from pathlib import Path
 
 import pytest
-import zoo
 
-from retentive.bench.decode import Measure
-from retentive.bench.peers import Unavailable
+from retentive.bench.along import Mark
 from retentive.cli import main
 from retentive.demo import command
 from retentive.errors import InputError
-from retentive.models.checkpoint import save_model
-from retentive.models.counts import state_bytes
-from retentive.models.matching import matching_transformer
-from retentive.models.retnet import RetNet
-from retentive.models.transformer import Transformer
+from retentive.reports.tables import console
 from retentive.train.config import load_config
 
 
 @pytest.fixture
 def config(tmp_path):
-    """A tiny model on texts made up here."""
+    """A tiny model on documents made up here."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for n in range(40):
@@ -47,13 +41,13 @@ def config(tmp_path):
     return load_config(file)
 
 
-def test_from_training_to_pictures_and_again(config, tmp_path, capsys, monkeypatch):
+def test_from_training_to_figures_and_again(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "FORM_TOKENS", 100)
     monkeypatch.setenv("COLUMNS", "80")
     folder = tmp_path / "run"
     command.demonstrate(config, folder, tokens=256)
     told = capsys.readouterr().out
-    before, _, after = re.split("^[23][.] .*$", told, flags=re.MULTILINE)  # all but the text
+    before, _, after = re.split("^[23][.] .*$", told, flags=re.MULTILINE)  # all but what it wrote
     assert max(map(len, (before + after).splitlines())) <= 80
     assert re.search(r"│ +6 │ +384 │ +\d+\.\d │ +\d\.\d{3} │", told)
     assert re.search(r"xz -9 │ +\d\.\d{3} │", told)
@@ -61,20 +55,20 @@ def test_from_training_to_pictures_and_again(config, tmp_path, capsys, monkeypat
     errors = [float(error) for error in re.findall(r"(?:recurrent|chunkwise) +│ +(\S+) │", told)]
     assert len(errors) == 2
     assert max(errors) < 1e-5
-    pictures = ["bits-per-byte.png", "memory.png", "time-per-token.png"]
-    for picture in pictures:
-        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
-        (folder / picture).unlink()
+    figures = ["bits-per-byte.png", "memory.png", "time-per-token.png"]
+    for name in figures:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        (folder / name).unlink()
 
-    def made_up(name, folder, tokens, device, reached):
-        return [Measure(at, 0.001, at, at) for at in command.positions(tokens)]
+    def made_up(name, folder, positions, device, on_mark):
+        return [Mark(at, 0.001, at, at) for at in positions]
 
-    monkeypatch.setattr(command, "measure", made_up)  # starting others takes the longest
+    monkeypatch.setattr(command, "measure_along", made_up)  # starting processes takes the longest
     weights = (folder / "model.safetensors").read_bytes()
     command.demonstrate(config, folder, tokens=256)
     assert "training is skipped" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == weights
-    assert all((folder / picture).exists() for picture in pictures)
+    assert all((folder / name).exists() for name in figures)
 
 
 def test_an_interrupted_training_goes_on(config, tmp_path, capsys, monkeypatch):
@@ -89,41 +83,8 @@ def test_an_interrupted_training_goes_on(config, tmp_path, capsys, monkeypatch):
     command.demonstrate(config, folder, tokens=256)
     assert "stopped after step 3 of 6; run it again to go on" in capsys.readouterr().out
     monkeypatch.setattr(command, "train", command_train)
-    assert command.trained(config, folder, command.Console()).finished
-    assert "has come to step 3" in capsys.readouterr().out
-
-
-def test_both_are_measured_at_the_same_positions(tmp_path):
-    config = zoo.retnet(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_heads=2)
-    save_model(RetNet(config), tmp_path)
-    for name, size in (("RetNet", config), ("Transformer", matching_transformer(config))):
-        reached = []
-        points = command.measure(name, tmp_path, 200, "cpu", reached.append)
-        assert [at.position for at in points] == command.positions(200) == [64, 128, 192]
-        assert reached == [64, 128, 192]
-        assert [at.state for at in points] == [state_bytes(size, at.position) for at in points]
-        assert all(at.seconds > 0 and at.resident > 10**7 for at in points)
-
-
-def test_a_folder_without_a_retnet_is_one_line(tmp_path):
-    config = zoo.transformer(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_heads=1)
-    save_model(Transformer(config), tmp_path)
-    with pytest.raises(InputError, match="holds no RetNet") as caught:
-        command.measure("RetNet", tmp_path, 64, "cpu", lambda at: None)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_process_that_dies_is_one_line(tmp_path, monkeypatch):
-    def dies(*_):
-        raise Unavailable("its process was killed by signal 9")
-
-    save_model(
-        RetNet(zoo.retnet(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_heads=1)),
-        tmp_path,
-    )
-    monkeypatch.setattr(command, "walk", dies)
-    with pytest.raises(InputError, match=r"RetNet of the demo could not be .* signal 9$"):
-        command.measure("RetNet", tmp_path, 64, "cpu", lambda at: None)
+    assert command.trained(config, folder, console()).finished
+    assert "holds a run at step 3" in capsys.readouterr().out
 
 
 def test_a_folder_with_something_else_gets_the_demos_own_advice(config, tmp_path):
@@ -132,16 +93,16 @@ def test_a_folder_with_something_else_gets_the_demos_own_advice(config, tmp_path
     (folder / "notes.txt").touch()
     advice = f"remove {folder}, or train elsewhere: retentive demo --out"
     with pytest.raises(InputError, match=f"exists already; {advice}"):
-        command.trained(config, folder, command.Console())
+        command.trained(config, folder, console())
     (folder / "notes.txt").unlink()
-    command.trained(config, folder, command.Console())
+    command.trained(config, folder, console())
     next(Path(config.data.sources[0]).iterdir()).write_text("other text\n" * 100)
     with pytest.raises(InputError, match=f"has changed; {advice}"):
-        command.trained(config, folder, command.Console())
+        command.trained(config, folder, console())
 
 
 def test_the_table_shows_doublings():
-    points = [Measure(at, 0.001, 2**20, 2**28) for at in command.positions(16_000)]
+    points = [Mark(at, 0.001, 2**20, 2**28) for at in command.positions(16_000)]
     table = command.decoding_table(dict.fromkeys(command.CONTENDERS, points))
     assert list(table.columns[0].cells) == ["500", "1,000", "2,000", "4,000", "8,000", "16,000"]
 

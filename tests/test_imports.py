@@ -21,6 +21,7 @@ ALLOWED = {  # a room or a module beside the rooms -> the rooms it may import, b
     "sequences": set(),
     "arguments": set(),
     "io": set(),
+    "reports": set(),
     "data": {"io"},
     "kernels": set(),
     "ops": {"kernels"},
@@ -29,14 +30,14 @@ ALLOWED = {  # a room or a module beside the rooms -> the rooms it may import, b
     "models": {"ops", "layers", "mixers", "io"},
     "decoding": {"kernels", "ops", "layers", "mixers", "models"},
     "convert": {"ops", "layers", "mixers", "models", "data", "io", "arguments"},
-    "info": {"ops", "models", "convert", "arguments"},
+    "info": {"ops", "models", "convert", "reports", "arguments"},
     "adapters": {"models", "mixers", "layers", "data", "io", "convert", "arguments"},
     "compress": {"models", "layers", "mixers", "data", "io", "convert", "arguments"},
     "inference": {"decoding", "models", "data", "adapters", "convert", "io", "arguments"},
-    "eval": {"models", "layers", "decoding", "inference", "convert", "data", "io", "info"}
-    | {"arguments"},
+    "eval": {"models", "layers", "decoding", "inference", "convert", "data", "io"}
+    | {"reports", "arguments"},
     "train": {"models", "layers", "mixers", "inference", "adapters", "convert", "data", "io"}
-    | {"arguments"},
+    | {"reports", "arguments"},
     "hf": {"models", "layers", "data", "io"},
 }
 MAY_IMPORT_ANYTHING = {"__init__", "__main__", "cli", "arena", "bench", "demo"}

@@ -1,8 +1,8 @@
-"""`retentive bench quality`: what each part of a RetNet is worth, beside a Transformer.
+"""`retentive bench quality`: the loss of a RetNet, its ablations and a Transformer, trained alike.
 
     runs/quality/
-      settings.json                         what all runs in here have in common
-      quality.json quality.png quality.svg  the report; the numbers after every run, too
+      settings.json                         the settings that all its runs share
+      quality.json quality.png quality.svg  the report; the numbers are written after every run
       runs/retnet-lr0.004-seed0/            a run folder of `retentive train`, with its outcome
 
 A run that has its outcome is never repeated; one that was killed goes on from its checkpoint.
@@ -40,32 +40,32 @@ FORMAT = 1
 @dataclass(frozen=True)
 class QualityBenchmark:
     size: str = "3m"
-    """About how many parameters: 3m, 20m or 50m. It also decides the defaults below, the batch and
-    the vocabulary."""
+    """About how many parameters: 3m, 20m or 50m. It also sets the defaults below, the batch and the
+    vocabulary."""
     tokens: int | None = None
-    """Trained on in each run: 2M, 100M or 250M unless given."""
+    """Training tokens of each run: 2M, 100M or 250M unless given."""
     sources: tuple[str, ...] = ("stdlib",)
     """The corpus, as data.sources of a training run."""
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """Who takes part."""
+    """The models to train."""
     learning_rates: tuple[float, ...] | None = None
     """Every variant tries these with the first seed, and takes its best with the others. Unless
-    given each twice the one before, from 2e-3 to 1.6e-2 for 3m."""
+    given each is twice the one before, from 2e-3 to 1.6e-2 for 3m."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the weights and of the order of the text."""
+    """Of the weights and of the order of the documents."""
     out: Path = Path("runs/quality")
     """A folder for all runs and the report. The same command goes on there; more variants, rates
-    or seeds are added to what is there."""
+    or seeds add runs to it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: str = "auto"
-    """Of products: auto (bfloat16 on CUDA, else float32), float32 or bfloat16."""
+    """Of matrix products: auto (bfloat16 on CUDA, else float32), float32 or bfloat16."""
     threads: int | None = None
     """Of a CPU; torch's choice unless given."""
 
     def __post_init__(self) -> None:
-        _check_words("size", (self.size,), SIZES)
-        _check_words("variant", self.variants, VARIANTS)
+        _check_names("size", (self.size,), SIZES)
+        _check_names("variant", self.variants, VARIANTS)
         for name in ("variants", "seeds", "sources", "learning_rates"):
             if getattr(self, name) == ():
                 raise InputError(f"--{name.replace('_', '-')} is empty; give at least one")
@@ -89,12 +89,12 @@ class QualityBenchmark:
 
 
 def run(options: QualityBenchmark) -> None:
-    """Raises InputError for what the options, the corpus and the training refuse."""
+    """Raises InputError where the options, the corpus or the training refuse."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     plan, folder = options.plan(), options.out
     for job in plan.candidates():
-        plan.config(job)  # every mistake in a learning rate or a seed shows now
+        plan.config(job)  # refuses a bad learning rate or seed before anything runs
     settings = {
         "format": FORMAT,
         "size": options.size,
@@ -109,7 +109,7 @@ def run(options: QualityBenchmark) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
     report = Report(plan, corpus, options.size)
-    finished = Runs(plan, corpus, folder).finish_all(report)
+    finished = Runs(plan, corpus, folder).run_all(report)
     report.save(folder)
     report.draw(folder)
     report.show(folder)
@@ -118,9 +118,9 @@ def run(options: QualityBenchmark) -> None:
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """InputError if the runs in `folder` were made with other `settings`, with those that differ.
+    """Raises InputError if the runs in `folder` were made with other `settings`, naming these.
 
-    More variants, learning rates and seeds only add runs, so they are none of the settings.
+    More variants, learning rates and seeds only add runs, so they are no settings.
     """
     path = folder / SETTINGS
     if not path.exists():
@@ -142,9 +142,9 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 def _difference(key: str, before: Any, now: Any) -> str:
     if key == "corpus":
-        return "the text behind --sources has changed"
+        return "the documents of --sources have changed"
     if key in ("format", "recipe"):
-        return "they are of another version of this benchmark"
+        return "they were made by another version of this benchmark"
     return f"{key} was {before!r} and is {now!r}"
 
 
@@ -156,13 +156,13 @@ class Runs:
         self.device = resolve_device(plan.device)
         self.dtype = compute_dtype(plan.dtype, self.device)
 
-    def finish_all(self, report: Report) -> bool:
-        """Fills the report's outcomes, those of earlier runs and those to come. False: stopped."""
+    def run_all(self, report: Report) -> bool:
+        """Adds all outcomes to the report, known ones first; False if it was stopped."""
         plan, steps = self.plan, self.plan.steps
         gemm_rate = measure_gemm_rate(self.device, self.dtype)
         for job in plan.jobs(report.outcomes):
-            if (outcome := self.known(job)) is not None:
-                self.keep(job, outcome, report)
+            if (outcome := self.earlier(job)) is not None:
+                self.record(job, outcome, report)
         done = len(report.outcomes)
         with Display(done * steps, plan.runs * steps, 0.0) as display:
             for number, job in enumerate(plan.jobs(report.outcomes)):
@@ -174,28 +174,28 @@ class Runs:
                 def show(step: int, loss: float, speed: float, before: int = done * steps):
                     display.update(before + step, loss, speed)
 
-                outcome = self.finish(job, show)
+                outcome = self.run(job, show)
                 if outcome is None:
                     return False
                 display.say(f"  {outcome}")
-                self.keep(job, outcome, report)
+                self.record(job, outcome, report)
                 done += 1
         return True
 
-    def keep(self, job: Job, outcome: Outcome, report: Report) -> None:
-        # Only resuming needs them, and they are three times the model.
+    def record(self, job: Job, outcome: Outcome, report: Report) -> None:
+        # Only resuming needs the checkpoints, which take three times the model's space
         shutil.rmtree(self.folder / job.name / "checkpoints", ignore_errors=True)
         report.outcomes[job] = outcome
         report.save(self.folder.parent)
 
-    def known(self, job: Job) -> Outcome | None:
+    def earlier(self, job: Job) -> Outcome | None:
         path = self.folder / job.name / OUTCOME
         if not path.exists():
             return None
         return Outcome(**json.loads(path.read_text(encoding="utf-8")))
 
-    def finish(self, job: Job, on_update: OnUpdate | None = None) -> Outcome | None:
-        """Trains a run, or what is left of it, and validates it; None where it was stopped."""
+    def run(self, job: Job, on_update: OnUpdate | None = None) -> Outcome | None:
+        """Trains a run, or the rest of it, and validates it; None if it was stopped."""
         folder, config = self.folder / job.name, self.plan.config(job)
         resume = (folder / "checkpoints").is_dir()
         try:
@@ -210,7 +210,7 @@ class Runs:
         return outcome
 
     def _validated(self, config: RunConfig, folder: Path, carried: float | None) -> Outcome:
-        """`carried`: what training itself has found, a RetNet's state going on from row to row."""
+        """`carried`: the loss that training itself found, with a RetNet's state carried on."""
         model = load(folder, device=str(self.device))
         loss, bits = validate(
             model,
@@ -233,9 +233,9 @@ class Runs:
         return 3 * flops_per_token(config, (self.plan.recipe.seq_len + 1) / 2)
 
 
-def _check_words(what: str, given: tuple[str, ...], known: dict[str, Any]) -> None:
-    for word in given:
-        if word not in known:
+def _check_names(what: str, given: tuple[str, ...], known: dict[str, Any]) -> None:
+    for name in given:
+        if name not in known:
             raise InputError(
-                f"unknown {what} {word!r}{nearest(word, known)}; choose from {', '.join(known)}"
+                f"unknown {what} {name!r}{nearest(name, known)}; choose from {', '.join(known)}"
             )

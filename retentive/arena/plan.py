@@ -1,4 +1,4 @@
-"""What `retentive bench quality` compares: the sizes, the variants, and the runs of a benchmark.
+"""The plan of `retentive bench quality`: its sizes, variants and runs.
 
 All variants of a size have equally many parameters and see the same tokens; runs of the same seed
 see them in the same order.
@@ -12,36 +12,36 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
+from retentive.bench.models import count
 from retentive.data.dataset import DataConfig
 from retentive.models.config import RetNetConfig
-from retentive.models.counts import parameters
 from retentive.models.matching import match_parameters
 from retentive.train.config import ModelOptions, OptimizerConfig, RunConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A size: the RetNet that the others are made from, and how all of them are trained."""
+    """A size: the RetNet that the variants are changes of, and the training that all share."""
 
     model: Mapping[str, Any]
     vocab_size: int
-    """At most, and so of the tokenizer."""
+    """The most that the tokenizer may have."""
     tokens: int
     batch_size: int
     seq_len: int
     learning_rates: tuple[float, ...]
     warmup: float = 0.1
-    """Of the steps."""
+    """A part of the steps."""
     clip: float = 1.0
 
     def digest(self) -> str:
-        """Of all but the defaults that an option replaces: what two runs must have in common."""
+        """A digest of all that runs in one folder must share, without the defaults of options."""
         facts = asdict(replace(self, tokens=0, learning_rates=()))
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
 # The decays of the paper's language models (§3.1). The row scale is its second normalization of the
-# scores (§2.1): a head norm takes it out again, so it is there for the variant that has none.
+# scores (§2.1): a head norm undoes it, so that it matters for the variant without one only.
 _LAYER = {"decay": "linspace", "row_scale": True, "tie_word_embeddings": True}
 
 SIZES = {
@@ -76,11 +76,11 @@ SIZES = {
 class Variant:
     label: str
     changes: Callable[[RetNetConfig], dict[str, Any]] = lambda retnet: {}
-    """Of the RetNet's fields."""
+    """The fields that differ from the RetNet's."""
     kind: Literal["retnet", "transformer"] = "retnet"
 
 
-VARIANTS = {  # in the words and with the numbers of the paper's §3.5 and Table 6
+VARIANTS = {  # the names and numbers of the paper's §3.5 and Table 6
     "retnet": Variant("RetNet"),
     "no-gate": Variant("no swish gate", lambda retnet: {"gate": False}),
     "no-head-norm": Variant("no head norm", lambda retnet: {"head_norm": "none"}),
@@ -97,15 +97,16 @@ VARIANTS = {  # in the words and with the numbers of the paper's §3.5 and Table
 
 
 def model_options(recipe: Recipe, name: str) -> ModelOptions:
-    """A variant's [model], with the FFN that gives it the RetNet's number of parameters."""
+    """A variant's [model], with the FFN that makes its number of parameters the RetNet's."""
     variant = VARIANTS[name]
-    if variant.kind == "transformer":  # which takes the RetNet's size by itself
+    if variant.kind == "transformer":  # `ModelOptions` matches it to the RetNet
         return ModelOptions(kind="transformer", fields=recipe.model)
     retnet = RetNetConfig.from_dict({"vocab_size": 1, **recipe.model})
     changes = variant.changes(retnet)
     changed = RetNetConfig.from_dict({"vocab_size": 1, **recipe.model, **changes})
-    matched = match_parameters(changed, sum(parameters(retnet).values()), multiple=1)
-    return ModelOptions(fields={**recipe.model, **changes, "intermediate_size": matched.ffn_dim})
+    matched = match_parameters(changed, count(retnet), multiple=1)
+    width = {"intermediate_size": matched.ffn_dim}
+    return ModelOptions(fields={**recipe.model, **changes, **width})
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to, over all held-out text."""
+    """The result of a run, over all held-out documents."""
 
     valid_loss: float | None = None
-    """Nats a token, of rows as in training, each from an empty state. None: the run diverged."""
+    """Nats a token, of rows as in training, each from an empty state. None if it diverged."""
     bits_per_byte: float | None = None
     carried_loss: float | None = None
-    """Nats a token where the state goes on from row to row. None: a Transformer has no such."""
+    """Nats a token where the state is carried from row to row. None for a Transformer."""
     seconds: float | None = None
-    """That the training took."""
+    """Of the training."""
     diverged: str | None = None
-    """Where and how."""
+    """The step and the reason."""
 
     def __str__(self) -> str:
         if self.diverged is not None:
@@ -162,7 +163,7 @@ class Plan:
 
     @property
     def runs(self) -> int:
-        """At most: a variant that diverges at every rate has fewer."""
+        """The number of runs, at most: a variant that diverges at every rate has fewer."""
         return len(self.variants) * (len(self.learning_rates) + len(self.seeds) - 1)
 
     @property
@@ -170,7 +171,7 @@ class Plan:
         return -(-self.tokens // (self.recipe.batch_size * self.recipe.seq_len))
 
     def jobs(self, outcomes: Mapping[Job, Outcome]) -> Iterator[Job]:
-        """In order. `outcomes` has to hold those of the sweep by the time the sweep is over."""
+        """The runs in order. `outcomes` must hold those of the sweep once the sweep is over."""
         for variant in self.variants:
             for lr in self.learning_rates:
                 yield Job(variant, lr, self.seeds[0])
@@ -180,11 +181,11 @@ class Plan:
                     yield Job(variant, lr, seed)
 
     def candidates(self) -> list[Job]:
-        """Every run that may come to be one of the plan's."""
+        """Every run that `jobs` may give."""
         return [Job(*fields) for fields in product(self.variants, self.learning_rates, self.seeds)]
 
     def best_rate(self, variant: str, outcomes: Mapping[Job, Outcome]) -> float | None:
-        """Of the sweep as far as it has come; None where no run has come to an end alive."""
+        """The best of the sweep so far; None where every run diverged."""
         losses = {
             lr: loss for lr, loss in self.sweep(variant, outcomes).items() if loss is not None
         }

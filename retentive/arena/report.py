@@ -5,35 +5,37 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from retentive.arena.plan import VARIANTS, Job, Outcome, Plan, model_options
-from retentive.bench.figures import save
 from retentive.bench.results import machine
-from retentive.bench.tables import console
 from retentive.data.dataset import Corpus
 from retentive.devices import resolve_device
 from retentive.io.atomic import write_text
 from retentive.models.counts import parameters
+from retentive.reports.figures import BLUE, MARKERS, ORANGE, PALETTE, figure
+from retentive.reports.tables import console, new_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMAT = 1
-BASE = "retnet"  # what the others are held against
-_COLORS = {name: f"C{n}" for n, name in enumerate(VARIANTS)}
+BASE = "retnet"  # the others are compared with it
+_COLORS = {BASE: BLUE, "transformer": ORANGE}
+_COLORS |= dict(zip((name for name in VARIANTS if name not in _COLORS), PALETTE[2:], strict=False))
+_MARKERS = dict(zip(VARIANTS, MARKERS, strict=False))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample deviation over seeds; no deviation of a single one."""
+    """Mean and standard deviation over seeds; no deviation of a single one."""
 
     mean: float
     std: float | None
     count: int
 
     @classmethod
-    def of(cls, values: list[float]) -> "Spread | None":
+    def from_values(cls, values: list[float]) -> Self | None:
         if not values:
             return None
         return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
@@ -45,23 +47,23 @@ class Spread:
 
 @dataclass(frozen=True)
 class Summary:
-    """A variant at its best learning rate, as far as its runs have come."""
+    """A variant at its best learning rate, by the runs so far."""
 
     name: str
     label: str
     parameters: int
     lr: float | None
     at_edge: bool
-    """The best rate is the lowest or the highest of several: outside there may be a better one."""
+    """The best rate is the lowest or highest of several: a better one may lie outside."""
     valid_loss: Spread | None
     bits_per_byte: Spread | None
     carried_loss: Spread | None
     against_base: Spread | None
-    """Loss above the RetNet's, seed by seed: the same text in the same order."""
+    """Loss above the RetNet's of the same seed, which had the same batches."""
     losses: dict[int, float]
     """By seed."""
     diverged: int
-    """Runs at this rate that did."""
+    """How many runs at this rate diverged."""
     sweep: dict[float, float | None]
     """The first seed's loss by learning rate."""
 
@@ -78,7 +80,7 @@ class Report:
         write_text(folder / "quality.json", json.dumps(self.to_dict(), indent=1) + "\n")
 
     def draw(self, folder: Path) -> None:
-        """As quality.png and .svg, if a run has come to an end alive."""
+        """As quality.png and .svg, if some run did not diverge."""
         if summaries := [s for s in self.summaries() if s.valid_loss]:
             draw(summaries, self.heading(), folder / "quality")
 
@@ -111,12 +113,12 @@ class Report:
         return [self._summary(name, base) for name in self.plan.variants]
 
     def _summary(self, name: str, base: Mapping[int, float]) -> Summary:
-        plan, ran, losses = self.plan, self._at_best(name), self._losses(name)
+        plan, outcomes, losses = self.plan, self._at_best_rate(name), self._losses(name)
         lr, rates = plan.best_rate(name, self.outcomes), plan.learning_rates
 
         def spread(what: str) -> Spread | None:
-            values = [getattr(outcome, what) for outcome in ran.values()]
-            return Spread.of([value for value in values if value is not None])
+            values = [getattr(outcome, what) for outcome in outcomes.values()]
+            return Spread.from_values([value for value in values if value is not None])
 
         above = [loss - base[seed] for seed, loss in losses.items() if seed in base]
         return Summary(
@@ -130,13 +132,13 @@ class Report:
             valid_loss=spread("valid_loss"),
             bits_per_byte=spread("bits_per_byte"),
             carried_loss=spread("carried_loss"),
-            against_base=None if name == BASE else Spread.of(above),
+            against_base=None if name == BASE else Spread.from_values(above),
             losses=losses,
-            diverged=len(ran) - len(losses),
+            diverged=len(outcomes) - len(losses),
             sweep=plan.sweep(name, self.outcomes),
         )
 
-    def _at_best(self, name: str) -> dict[int, Outcome]:
+    def _at_best_rate(self, name: str) -> dict[int, Outcome]:
         """By seed."""
         lr = self.plan.best_rate(name, self.outcomes)
         return {
@@ -147,7 +149,7 @@ class Report:
 
     def _losses(self, name: str) -> dict[int, float]:
         """By seed, of those that did not diverge."""
-        losses = {seed: outcome.valid_loss for seed, outcome in self._at_best(name).items()}
+        losses = {seed: outcome.valid_loss for seed, outcome in self._at_best_rate(name).items()}
         return {seed: loss for seed, loss in losses.items() if loss is not None}
 
     def heading(self) -> str:
@@ -159,32 +161,23 @@ class Report:
         )
 
     def show(self, folder: Path) -> None:
-        from rich.table import Table
-
-        table = Table(title=self.heading(), title_justify="left")
-        table.add_column("", no_wrap=True)
-        for title in (
-            "parameters",
-            "learning\nrate",
-            "nats a token",
-            "bits per\nbyte",
-            f"above {VARIANTS[BASE].label}",
-            "carried\nstate",
-            "seeds",
-        ):
-            table.add_column(title, justify="right")
+        columns = [
+            *("", "parameters", "learning\nrate", "nats a token", "bits per\nbyte"),
+            *(f"above {VARIANTS[BASE].label}", "carried\nstate", "seeds"),
+        ]
+        table = new_table(self.heading(), columns, words=[""])
         summaries = self.summaries()
         for summary in summaries:
             table.add_row(*_cells(summary))
         out = console()
         out.print(table)
         out.print(
-            "Over all held-out text, means over the seeds ± their deviation. Rows begin with an "
-            "empty state, as in training.\n"
-            "Carried state: nats a token where a RetNet reads on from row to row."
+            "Over all held-out documents, means over the seeds ± standard deviation. Rows begin "
+            "with an empty state, as in training.\n"
+            "Carried state: nats a token where a RetNet carries its state from row to row."
         )
         if any(summary.at_edge for summary in summaries):
-            out.print("* at an end of the rates tried: beyond it --learning-rates may find better")
+            out.print("* at an end of the rates tried: try others beyond it by --learning-rates")
         out.print(f"{len(self.outcomes)} of {self.plan.runs} runs; all of it in {folder}")
 
 
@@ -204,7 +197,7 @@ def _cells(summary: Summary) -> list[str]:
 
 
 def _seeds(summary: Summary) -> str:
-    """How many there are of them, if any has come through."""
+    """The number of seeds that count, and of those that diverged."""
     if summary.lr is None:
         return "diverged" if summary.sweep else ""
     lost = f", {summary.diverged} diverged" if summary.diverged else ""
@@ -213,57 +206,46 @@ def _seeds(summary: Summary) -> str:
 
 def draw(summaries: list[Summary], heading: str, stem: Path) -> None:
     """The seeds of each variant, and its sweep if there was one; to `stem`.png and .svg."""
-    from matplotlib.figure import Figure
-
     swept = any(len(s.sweep) > 1 for s in summaries)
     widths = (3, 2) if swept else (1,)
-    size = (5 * len(widths), 1.6 + 0.45 * len(summaries))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    _draw_seeds(panels[0], summaries)
-    if swept:
-        _draw_sweep(panels[1], summaries)
-    figure.suptitle(heading, fontsize=10, x=0.01, ha="left")
-    save(figure, stem)
+    size = (5.2 * len(widths), 1.8 + 0.45 * len(summaries))
+    with figure(stem, heading, size) as drawn:
+        panels = drawn.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+        _draw_seeds(panels[0], summaries)
+        if swept:
+            _draw_sweep(panels[1], summaries)
 
 
 def _draw_seeds(axes: "Axes", summaries: list[Summary]) -> None:
-    """A dot a seed, a stroke at their mean."""
+    """A marker a seed, a stroke at their mean."""
     for y, s in enumerate(summaries):
-        losses = list(s.losses.values())
+        losses, color = list(s.losses.values()), _COLORS[s.name]
         assert s.valid_loss is not None
-        axes.plot(losses, [y] * len(losses), "o", color=_COLORS[s.name], alpha=0.6, markersize=6)
-        axes.plot(s.valid_loss.mean, y, "|", color=_COLORS[s.name], markersize=18, mew=2)
+        axes.plot(losses, [y] * len(losses), _MARKERS[s.name], color=color, alpha=0.6)
+        axes.plot(s.valid_loss.mean, y, "|", color=color, markersize=20, mew=2)
         axes.annotate(
             f"{s.valid_loss.mean:.3f}",
             (max(losses), y),
-            (8, 0),
+            (10, 0),
             textcoords="offset points",
             va="center",
-            fontsize=9,
         )
         if s.name == BASE:
-            axes.axvline(s.valid_loss.mean, color=_COLORS[s.name], alpha=0.4, linewidth=1)
+            axes.axvline(s.valid_loss.mean, color=color, alpha=0.4, linewidth=1)
     axes.set_yticks(range(len(summaries)), [s.label for s in summaries])
     axes.invert_yaxis()
-    axes.margins(x=0.2, y=0.08)  # room for the numbers
-    axes.set_xlabel("validation loss, nats a token (a dot a seed)")
-    _plain(axes, "x")
+    axes.margins(x=0.25, y=0.08)  # room for the numbers
+    axes.set_xlabel("validation loss, nats a token (a marker a seed)")
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x")
 
 
 def _draw_sweep(axes: "Axes", summaries: list[Summary]) -> None:
     for s in summaries:
         points = [(lr, loss) for lr, loss in s.sweep.items() if loss is not None]
-        axes.plot(*zip(*points, strict=True), ".-", color=_COLORS[s.name], linewidth=1.2)
+        axes.plot(*zip(*points, strict=True), marker=_MARKERS[s.name], color=_COLORS[s.name])
     rates = sorted({lr for s in summaries for lr in s.sweep})
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
-    axes.set_xlabel("learning rate (first seed; colours as beside)")
-    axes.set_ylabel("validation loss")
-    _plain(axes, "y")
-
-
-def _plain(axes: "Axes", grid: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, alpha=0.3)  # pyright: ignore[reportArgumentType]
+    axes.set(xlabel="learning rate (first seed)", ylabel="validation loss")

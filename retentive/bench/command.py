@@ -1,4 +1,4 @@
-"""`retentive bench WHAT`: one benchmark each, its options its own."""
+"""`retentive bench WHAT`: the benchmarks, each with options of its own."""
 
 import importlib
 
@@ -9,12 +9,12 @@ BENCHMARKS = {  # name: (module of the package with run(options), its options, h
     "op": ("bench.op", "OpBenchmark", "the retention op alone, forward and backward"),
     "train": ("bench.train", "TrainBenchmark", "training steps of the whole model"),
     "prefill": ("bench.prefill", "PrefillBenchmark", "reading a prompt"),
-    "decode": (
-        "bench.decode",
-        "DecodeBenchmark",
-        "time and memory of a token",
+    "decode": ("bench.decode", "DecodeBenchmark", "time and memory of a token"),
+    "quality": (
+        "arena.command",
+        "QualityBenchmark",
+        "the loss of a RetNet, its ablations and a Transformer, trained alike",
     ),
-    "quality": ("arena.command", "QualityBenchmark", "what each part of a RetNet is worth"),
     "paper": ("bench.paper", "PaperBenchmark", "the paper's Table 4 and Figure 6"),
 }
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         return 0
     if what not in BENCHMARKS:
         near = nearest(what, BENCHMARKS)
-        raise InputError(f"unknown benchmark {what!r}{near}; choose {', '.join(BENCHMARKS)}")
+        raise InputError(f"unknown benchmark {what!r}{near}; choose one of {', '.join(BENCHMARKS)}")
     name, options, description = BENCHMARKS[what]
     module = importlib.import_module(f"retentive.{name}")
     module.run(parse(getattr(module, options), rest, f"retentive bench {what}", description))

@@ -1,43 +1,63 @@
-"""Who takes part in which benchmark, and what each is told."""
+"""The contenders of each benchmark, and the settings that each is run with."""
 
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from retentive.bench.models import Equal, Subject, gated, itself, square, transformer
+from retentive.bench.models import (
+    Matching,
+    ReferenceModel,
+    gated,
+    identity,
+    retnet,
+    square_heads,
+    transformer,
+)
 from retentive.bench.peers import VERSIONS
 from retentive.errors import InputError, nearest
 from retentive.models.config import ModelConfig
+from retentive.models.counts import mixer_name
 
 Choice = dict[str, Any]
 CHUNKS: tuple[Choice, ...] = tuple({"chunk_size": C} for C in (1024, 512, 256, 128, 64))
-"""Tried from the largest on until it gets slower: small ones may take minutes."""
+"""Tried from the largest on until one is slower than the last: small ones may take minutes."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`settings` go to the worker as they are; `choices` are tried and the fastest is measured."""
+    """An implementation of an op or a model, in one form.
+
+    worker             the module of `retentive.bench.workers` that runs it
+    form               how it computes; of an own model of any kind the name of its mixer
+    tasks              the benchmarks that it takes part in
+    settings           go to the worker as they are
+    parameter_matched  the config of its model, by which its work is counted, too
+    choices            by task: further settings, of which the fastest is measured
+    quadratic          it holds T² scores, in its only form or with the first of its choices
+    extra              the package's, in our own pyproject
+    most_tokens        of an op; more take minutes
+    """
 
     name: str
     worker: str
     form: str
     tasks: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
-    equal: Equal = itself  # the config of its model; its work is counted by it
-    choices: dict[str, tuple[Choice, ...]] = field(default_factory=dict)  # by task
-    quadratic: bool = False  # it holds T² scores, in its only form or before a choice
+    parameter_matched: Matching = retnet
+    choices: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
+    quadratic: bool = False
     package: str | None = None
-    extra: str | None = None  # the package's, in our own pyproject
+    extra: str | None = None
     cuda: bool = False
-    most_tokens: int | None = None  # of an op; beyond it takes minutes
+    most_tokens: int | None = None
 
     def version(self) -> str:
         assert self.package is not None
         return VERSIONS.get(self.package) or importlib.metadata.version(self.package)
 
     def missing(self, device: str) -> str | None:
-        """Why it cannot run on this machine, before it is tried."""
+        """Why it cannot run on this machine, as far as that is known before it is tried."""
         if self.cuda and not device.startswith("cuda"):
             return "its kernels need a CUDA device; this run is on " + device
         if self.package is None or self.package in VERSIONS:
@@ -52,31 +72,34 @@ class Contender:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender with the model whose equal it is; there is none where an op is measured."""
+    """A contender beside a reference model; there is no model where an op is measured."""
 
     contender: Contender
-    model: Subject | None = None
+    model: ReferenceModel | None = None
 
     def config(self) -> ModelConfig:
         assert self.model is not None
-        return self.contender.equal(self.model)
+        return self.contender.parameter_matched(self.model)
 
     @property
-    def opens_folder(self) -> bool:
-        """Whether it runs the very model that is given, rather than an equal of it."""
-        return self.contender.worker == "ours" and self.contender.equal is itself
+    def is_reference(self) -> bool:
+        """Whether it runs the reference model itself, with the weights in its folder."""
+        assert self.model is not None
+        return self.contender.worker == "ours" and self.config() == self.model.config
 
     def case(self, case: dict[str, Any]) -> dict[str, Any]:
-        """A benchmark's case as this contender's worker wants it."""
+        """A benchmark's case as this contender's worker takes it."""
         contender = self.contender
-        told = {**case, **contender.settings, "form": contender.form}
+        request = {**case, **contender.settings, "form": contender.form}
         if self.model is not None:
-            told["config"] = self.config().to_dict()
-            if self.model.folder is not None and self.opens_folder:
-                told["folder"] = str(self.model.folder)
+            config = self.config()
+            request["config"] = config.to_dict()
+            request["form"] = contender.form or mixer_name(config)
+            if self.model.folder is not None and self.is_reference:
+                request["folder"] = str(self.model.folder)
         if contender.package is not None:
-            told |= {"package": contender.package, "version": contender.version()}
-        return told
+            request |= {"package": contender.package, "version": contender.version()}
+        return request
 
     def choices(self, task: str) -> tuple[Choice, ...]:
         return self.contender.choices.get(task, ({},))
@@ -91,20 +114,21 @@ ON_GPU: dict[str, tuple[str, ...]] = {
         "flash-linear-attention-recurrent",
     ),
     "step": ("retnet-triton", "retnet", "attention", "flash-linear-attention-recurrent"),
-    "train": ("retnet", "transformer", "flash-linear-attention"),
-    "decode": ("retnet", "transformer", "transformer-gqa8"),
+    "train": ("model", "retnet", "transformer", "flash-linear-attention"),
+    "decode": ("model", "retnet", "transformer", "transformer-gqa8"),
 }
-"""Who takes part on a GPU unless others are named, ours first: seconds count there."""
+"""The contenders on a GPU unless others are named, ours first: time is short there."""
 
 _AUTO = {"retention": "auto", "backend": "auto"}
 _MODEL = ("train", "prefill", "decode")
-_SHARED = 4  # query heads to a pair of keys and values, for GQA
+_GROUP = 4  # query heads that share keys and values, for GQA
+REFERENCE = "model"
+"""The contender that is the reference model, of whatever kind."""
 
 CONTENDERS = [
+    Contender(REFERENCE, "ours", "", _MODEL, {**_AUTO, "runner": True}, identity),
     Contender("retnet", "ours", "chunkwise", ("train", "prefill"), _AUTO),
-    Contender(
-        "retnet", "ours", "recurrent, runner", ("decode", "along"), {**_AUTO, "runner": True}
-    ),
+    Contender("retnet", "ours", "recurrent, runner", ("decode",), {**_AUTO, "runner": True}),
     Contender("retnet-eager", "ours", "recurrent", ("decode",), _AUTO),
     Contender(
         "retnet",
@@ -154,16 +178,24 @@ CONTENDERS = [
         {"attention": True},
         most_tokens=32768,
     ),
-    Contender("transformer", "ours", "MHA, SDPA", (*_MODEL, "along"), equal=transformer(1)),
-    Contender("transformer-gqa", "ours", "GQA, SDPA", _MODEL, equal=transformer(_SHARED)),
-    Contender("transformer-gqa8", "ours", "8-fold GQA, SDPA", ("decode",), equal=transformer(8)),
+    Contender("transformer", "ours", "MHA, SDPA", _MODEL, parameter_matched=transformer(1)),
+    Contender(
+        "transformer-gqa", "ours", "GQA, SDPA", _MODEL, parameter_matched=transformer(_GROUP)
+    ),
+    Contender(
+        "transformer-gqa8",
+        "ours",
+        "8-fold GQA, SDPA",
+        ("decode",),
+        parameter_matched=transformer(8),
+    ),
     Contender(
         "transformer-math",
         "ours",
         "MHA, scores in memory",
         ("train",),
         {"math": True},
-        equal=transformer(1),
+        parameter_matched=transformer(1),
         quadratic=True,
     ),
     *(
@@ -173,11 +205,11 @@ CONTENDERS = [
             f"{kind}, SDPA",
             tasks,
             {"cache": cache},
-            equal=gated(transformer(shared)),
+            parameter_matched=gated(transformer(shared)),
             package="transformers",
             extra="hf",
         )
-        for name, kind, shared in (("llama", "MHA", 1), ("llama-gqa", "GQA", _SHARED))
+        for name, kind, shared in (("llama", "MHA", 1), ("llama-gqa", "GQA", _GROUP))
         for tasks, cache in ((_MODEL, "dynamic"), (("decode",), "static"))
     ),
     Contender(
@@ -215,19 +247,19 @@ CONTENDERS = [
             "peers",
             "its fastest",
             _MODEL,
-            equal=equal,
+            parameter_matched=matching,
             choices={task: ({"chunk_size": None}, *CHUNKS) for task in ("train", "prefill")},
             quadratic=True,
             package=name,
         )
-        for name, equal in (("yet-another-retnet", square), ("torchscale", gated(itself)))
+        for name, matching in (("yet-another-retnet", square_heads), ("torchscale", gated(retnet)))
     ),
     Contender(
         "flash-linear-attention",
         "huggingface",
         "chunkwise, Triton",
         ("op", *_MODEL),
-        equal=gated(itself),
+        parameter_matched=gated(retnet),
         package="flash-linear-attention",
         cuda=True,
     ),
@@ -243,25 +275,42 @@ CONTENDERS = [
 ]
 
 
-def chosen(task: str, names: str) -> list[Contender]:
-    """The contenders of a task, all of them or those `names` lists with commas between.
+def entries(
+    task: str, names: str = "", model: ReferenceModel | None = None, *, usual: Sequence[str] = ()
+) -> list[Entry]:
+    """The contenders of a task beside `model`: those of `names`, with commas between.
 
-    Raises InputError for one that there is not.
+    Without names those of `usual`, or all; then the reference model has a row of its own only where
+    it is none of the others. Raises InputError for an unknown name.
     """
-    there = {contender.name: contender for contender in CONTENDERS if task in contender.tasks}
+    found = [Entry(contender, model) for contender in chosen(task, names or ",".join(usual))]
+    if names or model is None:
+        return found
+    others = [entry for entry in found if entry.contender.name != REFERENCE]
+    return others if any(entry.is_reference for entry in others) else found
+
+
+def entries_of_itself(found: Sequence[Entry], task: str) -> list[Entry]:
+    """Those of the entries, all beside one model, that run this model; at least one."""
+    own = [entry for entry in found if entry.is_reference]
+    return own or [Entry(chosen(task, REFERENCE)[0], found[0].model)]
+
+
+def chosen(task: str, names: str = "") -> list[Contender]:
+    """The contenders of a task, all of them or those that `names` lists with commas between.
+
+    Raises InputError for an unknown one.
+    """
+    known = {contender.name: contender for contender in CONTENDERS if task in contender.tasks}
     if not names:
-        return list(there.values())
-    return [_named(there, task, name) for name in _split(names)]
+        return list(known.values())
+    return [_named(known, task, name.strip()) for name in names.split(",")]
 
 
-def _named(there: dict[str, Contender], task: str, name: str) -> Contender:
-    if name not in there:
+def _named(known: dict[str, Contender], task: str, name: str) -> Contender:
+    if name not in known:
         raise InputError(
-            f"unknown contender {name!r} of bench {task}{nearest(name, there)};"
-            f" choose from {', '.join(there)}"
+            f"unknown contender {name!r} of bench {task}{nearest(name, known)};"
+            f" choose from {', '.join(known)}"
         )
-    return there[name]
-
-
-def _split(names: str) -> Sequence[str]:
-    return [name.strip() for name in names.split(",")]
+    return known[name]

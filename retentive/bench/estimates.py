@@ -1,14 +1,13 @@
-"""How much memory a contender's case will take, roughly, known before it is tried.
+"""An estimate of the memory that a contender's case takes, before it is tried.
 
-Rough on the low side: a case that is refused for its estimate would not have run. What is counted:
-weights (gradients and AdamW's two moments with them), the activations kept for the backward pass,
-scores of T² where a form holds them, logits of all tokens where a contender makes them, states.
+Rough on the low side: a case that is refused for its estimate would not have run. It counts
+weights (with gradients and AdamW's two moments), the activations kept for the backward pass, scores
+of T² where a form holds them, logits of all tokens where a contender makes them, states.
 """
 
 from typing import Any
 
 from retentive.bench.contenders import Choice, Entry
-from retentive.bench.models import itself
 from retentive.devices import resolve_dtype
 from retentive.inference.session import SEGMENT
 from retentive.models.config import ModelConfig
@@ -18,35 +17,41 @@ INTEGER = 48  # bytes of a token as int64, and as a number of Python in a list
 
 
 def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
-    contender, task = entry.contender, case["task"]
-    parallel = contender.quadratic and not choice.get("chunk_size")
-    size = resolve_dtype(case["dtype"]).itemsize
+    task = case["task"]
     if task in ("op", "step"):
-        recurrent = contender.settings.get("retention") == "recurrent"
-        return _op_bytes(case, size, parallel, recurrent)
-    config = entry.config()
+        return _op_bytes(entry, case, choice)
     if task in ("decode", "along"):
-        context = case["context"] if task == "decode" else max(case["marks"])
-        caches = case["batch"] * state_bytes(config, context, dtype=resolve_dtype(case["dtype"]))
-        weights = weight_bytes(config, resolve_dtype(case["dtype"]))
-        if ours_by_graph(entry, case):
-            caches *= 2
-        if config.quantization is not None:
-            weights = weights * config.quantization.bits // (8 * size)
-        return weights + caches
-    rows, tokens = case.get("batch", 1), case["tokens"]
-    ours = contender.worker == "ours"
-    prompt = rows * tokens * (INTEGER if ours else 8)  # ours reads a list
-    if ours and task == "prefill":
+        return _decode_bytes(entry, case)
+    return _sequence_bytes(entry, case, choice)
+
+
+def _decode_bytes(entry: Entry, case: dict[str, Any]) -> int:
+    config, dtype = entry.config(), resolve_dtype(case["dtype"])
+    context = case["context"] if case["task"] == "decode" else max(case["marks"])
+    states = case["batch"] * state_bytes(config, context, dtype=dtype)
+    if case["device"].startswith("cuda") and entry.contender.settings.get("runner", False):
+        states *= 2  # copied into the slots of a recorded step (`retentive.decoding.graphs`)
+    weights = weight_bytes(config, dtype)
+    if config.quantization is not None:
+        weights = weights * config.quantization.bits // (8 * dtype.itemsize)
+    return weights + states
+
+
+def _sequence_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
+    """Of a prompt or a training step."""
+    contender, config = entry.contender, entry.config()
+    rows, tokens, size = case.get("batch", 1), case["tokens"], resolve_dtype(case["dtype"]).itemsize
+    ours, depth = contender.worker == "ours", config.num_hidden_layers
+    inputs = rows * tokens * (INTEGER if ours else 8)  # ours reads a list
+    if ours and case["task"] == "prefill":
         tokens = min(tokens, SEGMENT)
-    scores = 2 * rows * _heads(config) * tokens**2 * size if parallel else 0
+    scores = _scores(contender.quadratic, choice) * rows * _heads(config) * tokens**2 * size
     activations = rows * tokens * _kept_dims(config) * size
     logits = 2 * rows * tokens * config.vocab_size * size
-    if task == "prefill":
+    if case["task"] == "prefill":
         logits *= contender.worker == "peers"
-        return prompt + weight_bytes(config) + activations + scores + logits
-    depth = config.num_hidden_layers
-    if contender.equal is not itself or not ours:  # our retention keeps none for the backward pass
+        return inputs + weight_bytes(config) + activations + scores + logits
+    if "retention" not in contender.settings:  # ours keeps no scores for the backward pass
         scores *= depth
     if case.get("checkpoint"):  # a layer at a time, and the inputs of all
         activations = activations // depth + rows * tokens * config.hidden_size * size
@@ -54,29 +59,29 @@ def needed_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
     return held * weight_bytes(config) + depth * activations + scores + (0 if ours else logits)
 
 
-def ours_by_graph(entry: Entry, case: dict[str, Any]) -> bool:
-    """Whether states are copied into a recorded step's slots (`retentive.decoding.graphs`)."""
-    return case["device"].startswith("cuda") and entry.contender.settings.get("runner", False)
-
-
-def _op_bytes(case: dict[str, Any], size: int, parallel: bool, recurrent: bool) -> int:
+def _op_bytes(entry: Entry, case: dict[str, Any], choice: Choice) -> int:
     rows, tokens, heads, K, V = (
         case[name] for name in ("batch", "tokens", "heads", "key_dim", "value_dim")
     )
-    inputs_and_outputs = rows * tokens * heads * (2 * K + 2 * V) * size
-    held = 2 * inputs_and_outputs  # with their gradients
-    if parallel:
-        held += 2 * rows * heads * tokens**2 * size
-    if recurrent:
+    size, contender = resolve_dtype(case["dtype"]).itemsize, entry.contender
+    held = 2 * rows * tokens * heads * (2 * K + 2 * V) * size  # inputs, outputs, gradients
+    held += _scores(contender.quadratic, choice) * rows * heads * tokens**2 * size
+    if contender.settings.get("retention") == "recurrent":
         held += rows * tokens * heads * K * V * 4
     return held
 
 
+def _scores(quadratic: bool, choice: Choice) -> int:
+    """How many times T² numbers a head and layer holds at once."""
+    return 2 if quadratic and not choice.get("chunk_size") else 0
+
+
 def _heads(config: ModelConfig) -> int:
-    return getattr(config.mixer, "num_heads", 1)
+    """Of a mixer that forms scores; others have none."""
+    return getattr(config.mixer, "num_heads", 0)
 
 
 def _kept_dims(config: ModelConfig) -> int:
-    """Numbers a token and layer: what enters and leaves each of its matrices."""
+    """Numbers a token and layer that enter and leave its matrices."""
     matrices = mixer_parameters(config) + parameters(config)["ffn"]
     return matrices // config.num_hidden_layers // config.hidden_size

@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured beside what is compared with it."""
+"""The limits of the machine: rates of matrix products and of reading memory, as measured."""
 
 import itertools
 import time
@@ -10,12 +10,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from retentive.bench.workers.tasks import Marks
+from retentive.bench.workers.tasks import Stopwatch
 from retentive.layers.linear import product
 from retentive.train.metrics import measure_gemm_rate
 
 STREAM_BYTES = {"cpu": 2**28, "cuda": 2**30}
-"""Beyond any cache, and on a GPU long enough that a launch counts for nothing beside it."""
+"""More than any cache holds, and on a GPU enough that the time of a launch is negligible."""
 GPU_SIDE = 8192  # of a matrix: 1.4 ms in bfloat16 on an H100
 
 
@@ -23,8 +23,8 @@ GPU_SIDE = 8192  # of a matrix: 1.4 ms in bfloat16 on an H100
 class Limits:
     """Rates of large matrix products (FLOP/s) and of reading memory (bytes/s), sample by sample.
 
-    `sample` between the rounds; a machine that slows down slows them with the contenders. The GEMM
-    rate is that of `a @ b`, which every contender has; beside it stands that of the product in our
+    Sampled between the rounds: a machine that slows down slows them with the contenders. The GEMM
+    rate is that of `a @ b`, which every contender has; beside it is that of the product in our
     linear layers (`retentive.layers.linear`), on some processors another library's.
     """
 
@@ -42,7 +42,7 @@ class Limits:
         self.stream_rates.append(measure_stream_rate(self.device))
 
     def _sample_gpu(self) -> None:
-        """By events around several at once, of which one takes a millisecond or less."""
+        """By events around several runs, of which one takes a millisecond or less."""
         a, b = torch.randn(2, GPU_SIDE, GPU_SIDE, device=self.device).to(self.dtype)
         for rates, multiply in ((self.gemm_rates, torch.matmul), (self.linear_rates, product)):
             seconds = _fastest_on_gpu(partial(multiply, a, b))
@@ -78,7 +78,7 @@ def measure_stream_rate(device: torch.device, seconds: float = 0.2) -> float:
 
 
 def ways_to_read(x: Tensor) -> list[Callable[[], Tensor]]:
-    """Several, since not each is as fast as memory everywhere."""
+    """Several, since none of them is as fast as memory on every machine."""
     rows = x.view(-1, 4096)
     return [
         lambda: x.sum(),
@@ -92,17 +92,16 @@ def ways_to_read(x: Tensor) -> list[Callable[[], Tensor]]:
 def _fastest_on_gpu(run: Callable[[], object], times: int = 3, together: int = 5) -> float:
     """Seconds of a run, the best of `times` means over `together` of them."""
     run()
-    marks = Marks("cuda")
-    marks.mark()
+    watch = Stopwatch("cuda")
     for _ in range(times):
         for _ in range(together):
             run()
-        marks.mark()
-    return min(marks.seconds()) / together
+        watch.lap()
+    return min(watch.seconds()) / together
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on the device; None where the system does not say."""
+    """Memory that is free on the device; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -1,6 +1,6 @@
 """Measuring a case: every contender ready in its own process, then taking turns round by round.
 
-A machine that slows down slows all of them and the limits that are measured between the rounds.
+A machine that slows down slows all of them, and the limits that are measured between the rounds.
 """
 
 import sys
@@ -14,7 +14,7 @@ from retentive.bench.contenders import Choice, Entry
 from retentive.bench.estimates import needed_bytes
 from retentive.bench.limits import Limits, available_bytes
 from retentive.bench.peers import Unavailable
-from retentive.bench.processes import Answer, Kept, Process
+from retentive.bench.processes import Answer, Process, ProcessPool
 from retentive.bench.results import Row
 from retentive.errors import InputError
 
@@ -29,53 +29,55 @@ def measure_case(
     limits: Limits,
     *,
     sizes: Sequence[str],
-    asked: bool = False,
+    named: bool = False,
     run: Case | None = None,
-    kept: Kept | None = None,
+    pool: ProcessPool | None = None,
     apart: bool = False,
 ) -> list[Row]:
-    """A row for each entry, without the work it did and the limit to hold that against.
+    """A row for each entry, still without its work and the limit to compare it with.
 
-    sizes: the keys of `case` that tell its rows from those of other cases. asked: whether the
-    contenders were named, so that slow ones run, too. run: arguments of a run in the worker.
-    kept: where their processes come from, instead of one for this case alone. apart: all rounds of
-    one contender before the next, where the memory does not hold two of them.
+    sizes   the keys of `case` that tell its rows from those of other cases
+    named   the user named the contenders, so that slow ones run, too
+    run     arguments of a run in the worker
+    pool    their processes, instead of one for this case alone
+    apart   all rounds of one contender before the next, where the memory does not hold two
 
     Raises InputError where the case fits into the memory for none of them.
     """
     shown = {name: case[name] for name in sizes}
     rows: list[Row] = []
     for group in [[entry] for entry in entries] if apart else [entries]:
-        rows += _in_turn(case, group, rounds, limits, shown, asked, run or {}, kept)
+        rows += _take_turns(case, group, rounds, limits, shown, named, run or {}, pool)
     unfit = [row.error for row in rows if row.error and row.error.startswith(DOES_NOT_FIT)]
     if unfit and not any(row.samples for row in rows):
-        raise InputError(f"{_told(shown)}: {unfit[0]}; choose a smaller case")
+        raise InputError(f"{_label(shown)}: {unfit[0]}; choose a smaller case")
     return rows
 
 
-def _in_turn(
+def _take_turns(
     case: Case,
     entries: Sequence[Entry],
     rounds: int,
     limits: Limits,
     shown: dict[str, Any],
-    asked: bool,
+    named: bool,
     run: Case,
-    kept: Kept | None,
+    pool: ProcessPool | None,
 ) -> list[Row]:
     rows = [Row(e.contender.name, shown, form=e.contender.form) for e in entries]
     with ExitStack() as stack:
         ready: list[tuple[Row, Process]] = []
         for entry, row in zip(entries, rows, strict=True):
             try:
-                refuse(entry, case, limits, asked)
-                process, facts = started(entry, case, limits, stack, kept)
-                describe(row, facts)
+                refuse(entry, case, limits, named)
+                process, facts = start(entry, case, limits, stack, pool)
+                for name, value in facts.items():
+                    setattr(row, name, value)
                 ready.append((row, process))
             except Unavailable as reason:
                 row.error = str(reason)
         for number in range(rounds if ready else 0):
-            _note(f"{_told(shown)}: round {number + 1} of {rounds}")
+            _log(f"{_label(shown)}: round {number + 1} of {rounds}")
             limits.sample()
             for row, process in list(ready):
                 try:
@@ -89,47 +91,42 @@ def _in_turn(
     return rows
 
 
-def describe(row: Row, facts: Answer) -> None:
-    for name, value in facts.items():
-        setattr(row, name, value)
-
-
-def refuse(entry: Entry, case: Case, limits: Limits, asked: bool) -> None:
-    """Raises Unavailable for what is known before anything is started."""
+def refuse(entry: Entry, case: Case, limits: Limits, named: bool) -> None:
+    """Raises Unavailable for a contender that is known to fail before anything is started."""
     contender = entry.contender
     if reason := contender.missing(case["device"]):
         raise Unavailable(reason)
-    if contender.most_tokens and case["tokens"] > contender.most_tokens and not asked:
+    if contender.most_tokens and case["tokens"] > contender.most_tokens and not named:
         raise Unavailable("takes minutes at this length; name it in --contenders to have it run")
-    doubts = [doubt(entry, case, choice, limits) for choice in entry.choices(case["task"])]
-    if all(doubts):
-        raise Unavailable(str(doubts[-1]))
+    shortages = [shortage(entry, case, choice, limits) for choice in entry.choices(case["task"])]
+    if all(shortages):
+        raise Unavailable(str(shortages[-1]))
 
 
-def doubt(entry: Entry, case: Case, choice: Choice, limits: Limits) -> str | None:
-    """Why it will not fit into the memory, with the estimate."""
-    needed, there = needed_bytes(entry, case, choice), available_bytes(limits.device)
-    if there is None or needed <= there:
+def shortage(entry: Entry, case: Case, choice: Choice, limits: Limits) -> str | None:
+    """Why the case will not fit into the memory, with the estimate; None if it will."""
+    needed, free = needed_bytes(entry, case, choice), available_bytes(limits.device)
+    if free is None or needed <= free:
         return None
-    return f"{DOES_NOT_FIT}: about {needed / 2**30:.1f} GiB of {there / 2**30:.1f} GiB free"
+    return f"{DOES_NOT_FIT}: about {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
 
 
-def started(
-    entry: Entry, case: Case, limits: Limits, stack: ExitStack, kept: Kept | None
+def start(
+    entry: Entry, case: Case, limits: Limits, stack: ExitStack, pool: ProcessPool | None
 ) -> tuple[Process, Answer]:
-    """Its process, ready for the case at its best choice, in which it has done nothing else.
+    """A process that is ready for the case at its best choice, and its facts.
 
-    `stack` will end it, or have one that is kept free the case's memory.
+    It has done nothing else, unless it is of the pool. `stack` ends it, or frees its memory.
     """
     name, worker = entry.contender.name, entry.contender.worker
-    _note(f"{name}: preparing")
+    _log(f"{name}: preparing")
     choice = best_choice(entry, case, limits)
-    if kept is None:
+    if pool is None:
         process = Process(worker, case["threads"])
         end = process.close
     else:
-        process = kept.started(name, worker, case["threads"])
-        end = partial(kept.rest, name)
+        process = pool.get(name, worker, case["threads"])
+        end = partial(pool.release, name)
     try:
         facts = process.prepare({**entry.case(case), **choice})
     except BaseException:
@@ -140,10 +137,11 @@ def started(
 
 
 def best_choice(entry: Entry, case: Case, limits: Limits) -> Choice:
+    """The choice that runs fastest of those that fit into the memory."""
     choices = entry.choices(case["task"])
-    choices = [choice for choice in choices if doubt(entry, case, choice, limits) is None]
-    if not choices:  # since it was asked first, others have taken memory
-        raise Unavailable("it does not fit the memory that is free now")
+    choices = [choice for choice in choices if shortage(entry, case, choice, limits) is None]
+    if not choices:  # others have taken memory since `refuse`
+        raise Unavailable("it does not fit into the memory that is free now")
     if len(choices) == 1:
         return choices[0]
     worker = entry.contender.worker, case["threads"]
@@ -171,10 +169,10 @@ def best_choice(entry: Entry, case: Case, limits: Limits) -> Choice:
 
 
 def fastest(choices: Sequence[Choice], seconds: Callable[[Choice], float]) -> Choice | None:
-    """The fastest up to where they get slower: what follows may take minutes.
+    """The fastest, tried in order until one is slower than the last: the rest may take minutes.
 
-    The first is always held against the second, being perhaps of another kind than the rest. None
-    where all of those tried took for ever.
+    The first two are always tried, since the first may be of another kind than the rest. None where
+    all that were tried took infinitely long.
     """
     times = []
     for number, choice in enumerate(choices):
@@ -185,9 +183,9 @@ def fastest(choices: Sequence[Choice], seconds: Callable[[Choice], float]) -> Ch
     return None if best == float("inf") else choices[times.index(best)]
 
 
-def _told(sizes: dict[str, Any]) -> str:
+def _label(sizes: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:,}" for name, value in sizes.items())
 
 
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+def _log(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,16 +1,21 @@
-"""Which model is measured: `--model` as a config, or as the folder of one with its weights."""
+"""The model that a benchmark is about, and the configs of contenders with as many parameters.
+
+The model is given as a folder with its weights or as a size by name; the contenders beside it have
+the same width, depth and vocabulary, and the FFN that makes their numbers of parameters equal.
+"""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from retentive.errors import InputError, nearest
+from retentive.models.build import shapes
 from retentive.models.checkpoint import load_config
 from retentive.models.config import SIZES, ModelConfig, RetNetConfig
-from retentive.models.counts import parameters
-from retentive.models.matching import match_parameters, matching_transformer
+from retentive.models.counts import mixer_name, parameters
+from retentive.models.matching import match_parameters, matching_transformer, of_kind
 
 _REFERENCE = {"gated_ffn": True, "norm": "rmsnorm", "head_norm": "rmsnorm"}
 BENCHMARK_SIZES: dict[str, dict[str, Any]] = {  # beside the sizes that models have
@@ -34,67 +39,81 @@ BENCHMARK_SIZES: dict[str, dict[str, Any]] = {  # beside the sizes that models h
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The RetNet whose equals all contenders are."""
+class ReferenceModel:
+    """The model whose number of parameters all contenders have."""
 
     name: str
-    config: RetNetConfig
+    config: ModelConfig
     folder: Path | None = None
 
 
-def itself(model: Subject) -> RetNetConfig:
+Matching = Callable[[ReferenceModel], ModelConfig]
+"""Gives the config of a contender that has as many parameters as the reference model."""
+
+
+def identity(model: ReferenceModel) -> ModelConfig:
+    """The reference model itself, of whatever kind."""
     return model.config
 
 
-def square(model: Subject) -> RetNetConfig:
-    """V is K and the FFN plain, wider by what retention has less: as many parameters."""
+def retnet(model: ReferenceModel) -> ModelConfig:
+    """The reference model if it is a RetNet, else one with the paper's layer."""
     config = model.config
-    mixer = dataclasses.replace(config.mixer, value_dim=config.mixer.qk_dim)
-    plain = dataclasses.replace(config.ffn, gated=False)
-    made = dataclasses.replace(config, mixer=mixer, ffn=plain)
-    return cast(RetNetConfig, match_parameters(made, sum(parameters(config).values()), multiple=1))
+    if mixer_name(config) == "retention":
+        return config
+    return of_kind(config, "retention")
 
 
-def transformer(groups: int) -> Callable[[Subject], ModelConfig]:
-    """Of as many parameters; `groups` query heads, or all, share keys and values."""
+def transformer(groups: int) -> Matching:
+    """A Transformer in which `groups` query heads, or all, share keys and values."""
 
-    def matching(model: Subject) -> ModelConfig:
+    def matching(model: ReferenceModel) -> ModelConfig:
         heads = matching_transformer(model.config).mixer.num_heads
-        shared = groups if heads % groups == 0 else heads
-        return matching_transformer(model.config, heads // shared)
+        return matching_transformer(model.config, heads // groups if heads % groups == 0 else 1)
 
     return matching
 
 
-def gated(equal: "Equal") -> "Equal":
-    """The same with a gate in its FFN, which is narrower for it: a multiple of 8, as GPUs like."""
+def square_heads(model: ReferenceModel) -> ModelConfig:
+    """A RetNet with V = K and a plain FFN."""
+    config: Any = retnet(model)
+    mixer = dataclasses.replace(config.mixer, value_dim=config.mixer.qk_dim)
+    ffn = dataclasses.replace(config.ffn, gated=False)
+    square = dataclasses.replace(config, mixer=mixer, ffn=ffn, quantization=None)
+    return match_parameters(square, count(config), multiple=1)
 
-    def with_gate(model: Subject) -> ModelConfig:
-        config = equal(model)
+
+def gated(matching: Matching) -> Matching:
+    """The same with a gate in its FFN, whose width is a multiple of 8, as GPUs like it."""
+
+    def with_gate(model: ReferenceModel) -> ModelConfig:
+        config = matching(model)
         if config.ffn.gated:
             return config
-        width = 8 * round(config.ffn_dim / 12)
-        ffn = dataclasses.replace(config.ffn, gated=True, intermediate_size=width)
-        return dataclasses.replace(config, ffn=ffn)
+        ffn = dataclasses.replace(config.ffn, gated=True)
+        return match_parameters(dataclasses.replace(config, ffn=ffn), count(config))
 
     return with_gate
 
 
-Equal = Callable[[Subject], ModelConfig]
-"""The config of a contender whose model is the equal of ours."""
+def grows(config: ModelConfig) -> bool:
+    """Whether its state grows with the sequence."""
+    return shapes(config).state_grows
 
 
-def subject(given: str) -> Subject:
-    """A model folder, or a size by name, with random weights: those are as fast."""
+def count(config: ModelConfig) -> int:
+    """The number of parameters."""
+    return sum(parameters(config).values())
+
+
+def reference_model(given: str) -> ReferenceModel:
+    """A model folder, or a size by name: its weights are random, which costs the same time."""
     if (folder := Path(given)).is_dir():
-        config = load_config(folder)
-        if not isinstance(config, RetNetConfig):
-            raise InputError(f"{folder} holds no RetNet; give a RetNet's model folder or a size")
-        return Subject(folder.resolve().name, config, folder.resolve())
+        return ReferenceModel(folder.resolve().name, load_config(folder), folder.resolve())
     sizes = {**BENCHMARK_SIZES, **SIZES}
     if given not in sizes:
         raise InputError(
             f"unknown model {given!r}{nearest(given, sizes)};"
             f" give a model folder or one of {', '.join(sizes)}"
         )
-    return Subject(given, RetNetConfig.from_dict(sizes[given]))
+    return ReferenceModel(given, RetNetConfig.from_dict(sizes[given]))

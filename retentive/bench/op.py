@@ -1,8 +1,8 @@
 """`retentive bench op`: the retention op alone, forward and backward, beside other implementations.
 
-Each contender is first tried at several chunk sizes and keeps its best. FLOPs of retention are
+Each contender is tried at several chunk sizes first and keeps its best. FLOPs of retention are
 counted at one chunk size whatever ran. On a GPU the cases are the paper's head dims at equal width
-and equally many tokens, each held against its roofline, and the decoding step is measured, too.
+and equally many tokens, each compared with its roofline, and the decoding step is measured, too.
 """
 
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ from retentive.bench.contenders import Entry
 from retentive.bench.limits import Limits
 from retentive.bench.measure import measure_case
 from retentive.bench.options import Common, check_positive
-from retentive.bench.processes import Kept
+from retentive.bench.processes import ProcessPool
 from retentive.bench.results import Result, Row
 from retentive.bench.roofline import Op, roofline
 from retentive.devices import resolve_dtype
@@ -35,22 +35,22 @@ class OpBenchmark(Common):
     lengths: tuple[int, ...] = ()
     """Tokens of a sequence, one case each; 2048 to 131072, on a GPU to 32768, unless given."""
     heads: int | None = None
-    """As many as give q a width of 512, on a GPU of 2048, unless given."""
+    """Heads; unless given as many as make q 512 wide, on a GPU 2048."""
     key_dim: tuple[int, ...] = ()
-    """Of a head, one or several; 64, on a GPU also 128 and 256, unless given."""
+    """Key dims of a head, one or several; 64, on a GPU also 128 and 256, unless given."""
     value_dim: tuple[int, ...] = ()
-    """Of a head; twice --key-dim unless given."""
+    """Value dims of a head; twice --key-dim unless given."""
     tokens: int | None = None
-    """Of all sequences of a case together; one sequence unless given, on a GPU 32768."""
+    """Tokens of all sequences of a case together; one sequence unless given, on a GPU 32768."""
     step: bool | None = None
-    """Also a step of decoding behind as many tokens; on a GPU unless refused."""
+    """Also measure a decoding step behind as many tokens; on a GPU unless refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._default(value_dim=tuple(2 * K for K in self.key_dim))
         if len(self.key_dim) != len(self.value_dim):
             raise InputError(
-                f"there are {len(self.key_dim)} --key-dim and {len(self.value_dim)} --value-dim;"
+                f"got {len(self.key_dim)} --key-dim and {len(self.value_dim)} --value-dim;"
                 " give as many of each"
             )
         K, V = zip(*DIMS[self.on_gpu], strict=True)
@@ -66,7 +66,7 @@ class OpBenchmark(Common):
             check_positive("tokens", self.tokens, least=max(self.lengths))
 
     def cases(self) -> list[dict[str, int]]:
-        """Sizes of each, those of a GPU with the one that its bar is set for first."""
+        """Their sizes, on a GPU beginning with the one that the target of `docs/gpu.md` is for."""
         return [
             {
                 "heads": self.heads or max(1, WIDTH[self.on_gpu] // K),
@@ -80,15 +80,15 @@ class OpBenchmark(Common):
         ]
 
     @property
-    def told(self) -> list[str]:
-        """Which sizes tell the rows of a case from those of others."""
+    def key_sizes(self) -> list[str]:
+        """The sizes that tell the rows of a case from those of others."""
         rows = ["batch"] if self.tokens else []
         return [*(["key_dim"] if len(self.key_dim) > 1 else []), *rows, "tokens"]
 
 
 def run(options: OpBenchmark) -> None:
     old = options.old("op")
-    result = measured(options)
+    result = measure(options)
     K, V = options.key_dim[0], options.value_dim[0]
     shown = f"H {options.cases()[0]['heads']}, K {K}, V {V}" if len(options.key_dim) == 1 else ""
     rows = [row for row in result.rows if "tokens" in row.case]
@@ -99,20 +99,20 @@ def run(options: OpBenchmark) -> None:
     tables.finish(result, options, old)
 
 
-def measured(options: OpBenchmark) -> Result:
+def measure(options: OpBenchmark) -> Result:
     """All cases; `options.out` has those so far at any time."""
-    entries = [Entry(c) for c in options.taking_part("op")]
-    steps = [Entry(c) for c in (options.taking_part("step") if options.step else ())]
+    entries = options.entries("op")
+    steps = options.entries("step") if options.step else []
     limits = options.limits()
     options.check_writable()
-    result = Result.begun("op", options, limits)
+    result = Result.new("op", options, limits)
     with ExitStack() as stack:
-        kept = options.kept(stack, entries)
+        pool = options.pool(stack, entries)
         for sizes in options.cases():
-            result.rows += op_rows(entries, options, limits, sizes, kept)
+            result.rows += op_rows(entries, options, limits, sizes, pool)
             result.save(options.out)
             if steps:
-                result.rows += step_rows(steps, options, limits, sizes, kept)
+                result.rows += step_rows(steps, options, limits, sizes, pool)
                 result.save(options.out)
     return result
 
@@ -122,7 +122,7 @@ def op_rows(
     options: OpBenchmark,
     limits: Limits,
     sizes: dict[str, int],
-    kept: Kept | None,
+    pool: ProcessPool | None,
 ) -> list[Row]:
     """Forward and backward, one case."""
     rows = measure_case(
@@ -130,10 +130,10 @@ def op_rows(
         entries,
         options.rounds,
         limits,
-        sizes=options.told,
-        asked=bool(options.contenders) or options.on_gpu,
+        sizes=options.key_sizes,
+        named=bool(options.contenders) or options.on_gpu,
         run={"times": GPU_TIMES, "seconds": GPU_SECONDS} if options.on_gpu else None,
-        kept=kept,
+        pool=pool,
     )
     heads, K, V = (sizes[name] for name in ("heads", "key_dim", "value_dim"))
     for row in rows:
@@ -150,12 +150,12 @@ def step_rows(
     options: OpBenchmark,
     limits: Limits,
     sizes: dict[str, int],
-    kept: Kept | None,
+    pool: ProcessPool | None,
 ) -> list[Row]:
-    """A token more in each row, behind `tokens` of it."""
+    """One more token in each sequence, behind `tokens` of it."""
     case: dict[str, Any] = {**options.case("step", limits), **sizes, "context": sizes["tokens"]}
-    told = ["context" if name == "tokens" else name for name in options.told]
-    rows = measure_case(case, entries, options.rounds, limits, sizes=told, asked=True, kept=kept)
+    keys = ["context" if name == "tokens" else name for name in options.key_sizes]
+    rows = measure_case(case, entries, options.rounds, limits, sizes=keys, named=True, pool=pool)
     size = resolve_dtype(options.dtype).itemsize
     for row in rows:
         row.tokens, row.limit = sizes["batch"], limits.stream
@@ -172,7 +172,7 @@ def flops_per_token(contender: str, sizes: dict[str, int]) -> float:
 
 
 def step_bytes(contender: str, sizes: dict[str, int], size: int) -> int:
-    """Of a row: the state read and written in float32, or the keys and values read."""
+    """Of a sequence: the state read and written in float32, or the keys and values read."""
     heads, K, V = (sizes[name] for name in ("heads", "key_dim", "value_dim"))
     if contender == "attention":
         return 2 * sizes["tokens"] * heads * K * size

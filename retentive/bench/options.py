@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from retentive.bench import contenders, results
-from retentive.bench.contenders import Contender, Entry
+from retentive.bench.contenders import Entry
 from retentive.bench.limits import Limits
-from retentive.bench.processes import Kept
+from retentive.bench.models import ReferenceModel
+from retentive.bench.processes import ProcessPool
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
 
@@ -19,12 +20,13 @@ from retentive.errors import InputError
 @dataclass(frozen=True)
 class Common:
     contenders: str = ""
-    """Who takes part, with commas between; all that there are unless given."""
+    """The contenders, with commas between; all unless given, on a GPU those made for one."""
     device: str = "auto"
     """cpu, cuda, cuda:N, mps or auto."""
     dtype: str = ""
     """float32, bfloat16 or float16; on a GPU bfloat16 unless given, else float32."""
     threads: int = field(default_factory=torch.get_num_threads)
+    """Of a CPU, for each contender."""
     rounds: int = 5
     """How often each contender has its turn; medians are reported."""
     out: Path | None = None
@@ -32,7 +34,7 @@ class Common:
     figures: Path | None = None
     """Write the figures into this folder instead."""
     compare: Path | None = None
-    """Hold the result against this one, that an earlier --out wrote."""
+    """Compare with this result, that an earlier --out wrote."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "rounds"):
@@ -40,7 +42,7 @@ class Common:
         self._default(dtype="bfloat16" if self.on_gpu else "float32")
 
     def _default(self, **values: Any) -> None:
-        """Takes these for the options that were not given."""
+        """Sets the options among these that were not given."""
         for name, value in values.items():
             if getattr(self, name) in ("", (), None):
                 object.__setattr__(self, name, value)
@@ -52,21 +54,21 @@ class Common:
             return torch.cuda.is_available()
         return self.device.startswith("cuda")
 
-    def taking_part(self, task: str) -> list[Contender]:
-        """Those that are named, or all that there are; on a GPU those that belong there."""
-        usual = ",".join(contenders.ON_GPU.get(task, ())) if self.on_gpu else ""
-        return contenders.chosen(task, self.contenders or usual)
+    def entries(self, task: str, model: ReferenceModel | None = None) -> list[Entry]:
+        """The contenders of a task beside `model`: those named, or the usual ones."""
+        usual = contenders.ON_GPU.get(task, ()) if self.on_gpu else ()
+        return contenders.entries(task, self.contenders, model, usual=usual)
 
-    def kept(self, stack: ExitStack, entries: Sequence[Entry]) -> Kept | None:
-        """On a GPU the contenders' processes until `stack` ends; all import meanwhile."""
+    def pool(self, stack: ExitStack, entries: Sequence[Entry]) -> ProcessPool | None:
+        """On a GPU the contenders' processes until `stack` ends; all begin to import at once."""
         if not self.on_gpu:
             return None
-        kept = Kept()
-        stack.callback(kept.close)
+        pool = ProcessPool()
+        stack.callback(pool.close)
         for contender in (entry.contender for entry in entries):
             if contender.missing(self.device) is None:
-                kept.started(contender.name, contender.worker, self.threads)
-        return kept
+                pool.get(contender.name, contender.worker, self.threads)
+        return pool
 
     def limits(self) -> Limits:
         """Also sets the threads of this process, in which they are measured."""
@@ -74,15 +76,16 @@ class Common:
         return Limits(resolve_device(self.device), resolve_dtype(self.dtype))
 
     def case(self, task: str, limits: Limits) -> dict[str, Any]:
-        """What all cases of this run share."""
+        """The part that all cases of this run share."""
         device = str(limits.device)
         return {"task": task, "device": device, "dtype": self.dtype, "threads": self.threads}
 
     def old(self, benchmark: str) -> results.Result | None:
+        """The result to compare with."""
         return None if self.compare is None else results.load(self.compare, benchmark)
 
     def check_writable(self) -> None:
-        """Makes folders and file now: what cannot be written is known before the minutes."""
+        """Makes folders and file now, so that a refusal comes before minutes of measuring."""
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.out.open("a").close()
@@ -91,7 +94,7 @@ class Common:
 
     @property
     def figure_stem(self) -> Path | None:
-        """Figures are named after the result; None where nobody asked for any."""
+        """The figures' path without ending, after the result's; None where none are asked for."""
         if self.figures is not None:
             own = type(self).__name__.removesuffix("Benchmark").lower()
             return self.figures / (self.out.stem if self.out else own)

@@ -1,8 +1,8 @@
-"""`retentive bench paper`: what the paper's Table 4 and Figure 6 show, at a size that fits.
+"""`retentive bench paper`: the paper's Table 4 and Figure 6, at a size that fits.
 
 Table 4 is training: tokens/s and memory at growing lengths, beside a Transformer with fused
-attention (as FlashAttention is) and with one that holds all its scores. Figure 6 is decoding:
-memory, throughput and latency over the context, and over the batch.
+attention (as FlashAttention is) and one that holds all its scores. Figure 6 is decoding: memory,
+throughput and latency over the context, and over the batch.
 
 With `--budget` it ends within so many seconds: the cells that show the most come first, each is
 estimated from those of its kind that were measured, and those that do not fit are named.
@@ -11,10 +11,10 @@ estimated from those of its kind that were measured, and those that do not fit a
 from dataclasses import dataclass
 
 from retentive.bench import figures, tables
-from retentive.bench.contenders import Entry, chosen
+from retentive.bench.contenders import Entry, chosen, entries
 from retentive.bench.decode import decode_rows
 from retentive.bench.limits import Limits
-from retentive.bench.models import Subject, subject
+from retentive.bench.models import ReferenceModel, grows, reference_model
 from retentive.bench.options import Common, check_positive
 from retentive.bench.planning import Budget, Cell, extremes_first, in_turn
 from retentive.bench.results import Result, Row
@@ -23,18 +23,18 @@ from retentive.devices import resolve_dtype
 from retentive.errors import InputError
 from retentive.models.counts import decode_bytes, flops_per_token
 
-CONTENDERS = {
-    "train": ("retnet", "transformer", "transformer-math"),
-    "decode": ("retnet", "transformer", "transformer-gqa"),
+USUAL = {  # the contenders unless others are named
+    "train": ("model", "retnet", "transformer", "transformer-math"),
+    "decode": ("model", "retnet", "transformer", "transformer-gqa"),
 }
-STARTING = 7.0  # seconds until a contender's process is ready to be asked, about
-USUAL = 0.3  # of a limit, before anything is known
+STARTING = 7.0  # seconds, about, until a contender's process answers
+ASSUMED = 0.3  # of a limit, assumed before anything is measured
 
 
 @dataclass(frozen=True)
 class PaperBenchmark(Common):
     size: str = "38m"
-    """A size by name, or the folder of a RetNet."""
+    """A size by name, or a model folder."""
     lengths: tuple[int, ...] = (512, 2048, 8192)
     """Tokens of a training step, one sequence."""
     contexts: tuple[int, ...] = (128, 512, 2048, 8192)
@@ -50,25 +50,25 @@ class PaperBenchmark(Common):
         for name in ("lengths", "contexts", "batches"):
             check_positive(name, *getattr(self, name))
             if not getattr(self, name):
-                raise InputError(f"there are no {name}; give at least one")
+                raise InputError(f"--{name} is empty; give at least one")
         if self.budget is not None:
             check_positive("budget", self.budget, least=10)
 
 
 def run(options: PaperBenchmark) -> None:
     budget = Budget(options.budget)
-    limits, model = options.limits(), subject(options.size)
-    entries = entries_of(options, model)
+    limits = options.limits()
+    by_task = entries_by_task(options, reference_model(options.size))
     old = options.old("paper")
     options.check_writable()
-    result = Result.begun("paper", options, limits)
+    result = Result.new("paper", options, limits)
     limits.sample()
     left_out: list[tuple[Cell, float]] = []
     refused: list[str] = []
-    for cell in budget.taken(planned(options, entries, limits), left_out):
+    for cell in budget.taken(planned(options, by_task, limits), left_out):
         try:
-            result.rows += measure(cell, entries, options, limits)
-        except InputError as reason:  # a cell that fits into no contender's memory is not the end
+            result.rows += measure_cell(cell, by_task, options, limits)
+        except InputError as reason:  # it fits into no contender's memory; others may
             refused.append(str(reason))
         result.save(options.out)
     result.more["left_out"] = [{"cell": str(cell), "seconds": about} for cell, about in left_out]
@@ -78,23 +78,23 @@ def run(options: PaperBenchmark) -> None:
     tables.finish(result, options, old)
 
 
-def entries_of(options: PaperBenchmark, model: Subject) -> dict[str, list[Entry]]:
-    """By task; contenders that are named take part where they can."""
+def entries_by_task(options: PaperBenchmark, model: ReferenceModel) -> dict[str, list[Entry]]:
+    """The contenders of each task; those that are named take part where they can."""
     if not options.contenders:
-        names = {task: ",".join(default) for task, default in CONTENDERS.items()}
-        return {task: [Entry(c, model) for c in chosen(task, names[task])] for task in names}
+        return {task: entries(task, model=model, usual=usual) for task, usual in USUAL.items()}
     wanted = [name.strip() for name in options.contenders.split(",")]
-    there = {task: {c.name for c in chosen(task, "")} for task in CONTENDERS}
+    known = {task: {contender.name: contender for contender in chosen(task)} for task in USUAL}
     for name in wanted:
-        if not any(name in names for names in there.values()):
-            chosen("decode", name)  # says which there are
+        if not any(name in names for names in known.values()):
+            chosen("decode", name)  # raises the InputError that lists them
     return {
-        task: [Entry(c, model) for c in chosen(task, "") if c.name in wanted] for task in CONTENDERS
+        task: [Entry(names[name], model) for name in names if name in wanted]
+        for task, names in known.items()
     }
 
 
-def planned(options: PaperBenchmark, entries: dict[str, list[Entry]], limits: Limits) -> list[Cell]:
-    """All cells, the most telling first: the ends of each line, the three figures in turn."""
+def planned(options: PaperBenchmark, by_task: dict[str, list[Entry]], limits: Limits) -> list[Cell]:
+    """All cells, the most important first: the ends of each line, the three figures in turn."""
     contexts, batches = sorted(options.contexts), sorted(options.batches)
     middle = contexts[max(0, len(contexts) - 2)]
     train = [{"batch": 1, "tokens": tokens} for tokens in sorted(options.lengths)]
@@ -102,36 +102,36 @@ def planned(options: PaperBenchmark, entries: dict[str, list[Entry]], limits: Li
     over_batch = [{"batch": batch, "context": middle} for batch in batches]
     sizes = in_turn(*map(extremes_first, (over_context, train, over_batch)))
     return [
-        Cell(kind, size, sum(seconds(e, kind, size, options, limits) for e in entries[kind]))
+        Cell(kind, size, sum(seconds(e, kind, size, options, limits) for e in by_task[kind]))
         for size in sizes
         for kind in ["train" if "tokens" in size else "decode"]
-        if entries[kind]
+        if by_task[kind]
     ]
 
 
 def seconds(
     entry: Entry, kind: str, sizes: dict[str, int], options: Common, limits: Limits
 ) -> float:
-    """A first guess at what a contender takes in a cell, warm-up included."""
+    """A first guess at the time of a contender in a cell, warm-up included."""
     config, batch = entry.config(), sizes["batch"]
     if kind == "train":
         tokens = sizes["tokens"]
-        step = 3 * batch * tokens * flops_per_token(config, tokens / 2) / limits.gemm / USUAL
+        step = 3 * batch * tokens * flops_per_token(config, tokens / 2) / limits.gemm / ASSUMED
         return STARTING + (options.rounds + 1) * step
     context, dtype = sizes["context"], resolve_dtype(options.dtype)
-    step = decode_bytes(config, batch, context, dtype=dtype) / limits.stream / USUAL
-    reading = context * flops_per_token(config, head=False) / limits.gemm / USUAL
-    reading = reading if entry.opens_folder else 0.0  # caches are filled instead
+    step = decode_bytes(config, batch, context, dtype=dtype) / limits.stream / ASSUMED
+    reading = context * flops_per_token(config, head=False) / limits.gemm / ASSUMED
+    reading = 0.0 if grows(config) else reading  # caches are filled instead
     return STARTING + reading + 3 * step + options.rounds * max(0.3, 3 * step)
 
 
-def measure(
-    cell: Cell, entries: dict[str, list[Entry]], options: Common, limits: Limits
+def measure_cell(
+    cell: Cell, by_task: dict[str, list[Entry]], options: Common, limits: Limits
 ) -> list[Row]:
     sizes = cell.sizes
     if cell.kind == "train":
-        return train_rows(entries["train"], options, limits, sizes["batch"], sizes["tokens"])
-    return decode_rows(entries["decode"], options, limits, sizes["batch"], sizes["context"])
+        return train_rows(by_task["train"], options, limits, sizes["batch"], sizes["tokens"])
+    return decode_rows(by_task["decode"], options, limits, sizes["batch"], sizes["context"])
 
 
 def show(result: Result, options: PaperBenchmark) -> None:

@@ -1,4 +1,4 @@
-"""Other people's packages: installed apart from ours, importable in their own processes only."""
+"""Other people's packages: installed apart from ours, imported in their own processes only."""
 
 import os
 import subprocess
@@ -12,14 +12,14 @@ _NEEDS = ["einops==0.8.1"]
 
 
 class Unavailable(Exception):
-    """Why a contender cannot run; the benchmark shows it in the contender's row."""
+    """A contender cannot run; the message is the reason, shown in its row."""
 
 
 def installed_peers() -> Path:
-    """The folder that holds the peers' packages, made on first use.
+    """The folder of the peers' packages, installed on first use. Raises Unavailable.
 
-    Without their dependencies: they run on the torch that we run on, so that only their code
-    differs. What torchscale imports beyond that is not used here, and names stand in for it.
+    Without their dependencies: they run on the same torch as ours, so that only their code differs.
+    torchscale imports more than that, which is not used here: stubs stand in for it.
     """
     wanted = [f"{name}=={version}" for name, version in VERSIONS.items()] + _NEEDS
     folder = cache_root() / "peers" / "-".join(w.replace("==", "-") for w in wanted)
@@ -32,7 +32,7 @@ def installed_peers() -> Path:
         [*command, "--target", str(partial), *wanted], capture_output=True, text=True
     )
     if done.returncode:
-        complaint = next((x for x in done.stderr.splitlines() if "ERROR" in x), "pip failed")
-        raise Unavailable(f"not installed: {complaint}")
+        reason = next((x for x in done.stderr.splitlines() if "ERROR" in x), "pip failed")
+        raise Unavailable(f"not installed: {reason}")
     partial.rename(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Which cells fit into a budget of seconds, from estimates that improve with what is measured."""
+"""Fitting a benchmark into a budget of seconds, by estimates that improve with measurements."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
-CAUTION = 1.5  # on an estimate of a kind of cell of which none was measured yet
-MARGIN = 1.15  # on one that was
+CAUTION = 1.5  # times the estimate of a cell of whose kind none was measured yet
+MARGIN = 1.15  # of another
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One case of a benchmark with all its contenders, and about how many seconds it takes."""
+    """One case of a benchmark with all its contenders, and an estimate of its seconds."""
 
     kind: str
     sizes: dict[str, int]
@@ -25,10 +25,10 @@ class Cell:
 
 @dataclass
 class Budget:
-    """Seconds to spend, None for as many as it takes; some are kept for tables and figures."""
+    """Seconds to spend, None for any number; `reserve` are for tables and figures."""
 
     seconds: float | None
-    kept: float = 8.0
+    reserve: float = 8.0
     clock: Callable[[], float] = time.monotonic
     _began: float = field(init=False)
     _slower: dict[str, float] = field(init=False, default_factory=dict)
@@ -37,7 +37,7 @@ class Budget:
         self._began = self.clock()
 
     def estimate(self, cell: Cell) -> float:
-        """As much slower than it was guessed as the slowest of its kind has been."""
+        """Its seconds, scaled as the slowest of its kind was to its first guess."""
         if cell.kind not in self._slower:
             return CAUTION * cell.seconds
         return MARGIN * self._slower[cell.kind] * cell.seconds
@@ -46,12 +46,12 @@ class Budget:
         if self.seconds is None:
             return True
         spent = self.clock() - self._began
-        return spent + self.estimate(cell) + self.kept <= self.seconds
+        return spent + self.estimate(cell) + self.reserve <= self.seconds
 
     def taken(self, cells: Iterable[Cell], left_out: list[tuple[Cell, float]]) -> Iterator[Cell]:
-        """The cells that fit, in their order; what it takes to measure each is learnt from.
+        """The cells that fit, in their order; the time that each takes improves the estimates.
 
-        Those that do not fit go to `left_out` with their estimates; smaller ones may still fit.
+        The others go to `left_out` with their estimates; smaller ones may still fit.
         """
         for cell in cells:
             if not self.fits(cell):
@@ -64,7 +64,7 @@ class Budget:
 
 
 def extremes_first(values: Sequence[T]) -> list[T]:
-    """The last, the first, then from the ends inwards: a line shows early, its middle later."""
+    """The last, the first, then from the ends inwards: of a line first its ends."""
     order, rest = [], list(values)
     while rest:
         order.append(rest.pop(-1 if len(order) % 2 == 0 else 0))
@@ -72,7 +72,7 @@ def extremes_first(values: Sequence[T]) -> list[T]:
 
 
 def in_turn(*lists: Sequence[T]) -> list[T]:
-    """The first of each list, the second of each, and so on; none twice."""
+    """The first of each list, the second of each, and so on; nothing twice."""
     longest = max(map(len, lists))
     mixed = [x[at] for at in range(longest) for x in lists if at < len(x)]
     return list({repr(item): item for item in mixed}.values())

@@ -1,4 +1,4 @@
-"""Talking to a contender's process; its side is `retentive.bench.workers.serving`."""
+"""A contender's process, from this side; the other side is `retentive.bench.workers.serving`."""
 
 import json
 import os
@@ -16,7 +16,7 @@ Answer = dict[str, Any]
 
 
 class Process:
-    """A contender of its own process, from its first request to `close`.
+    """The process of one contender, until `close`.
 
     A request that fails, or a process that dies, raises Unavailable with the reason in one line.
     """
@@ -27,12 +27,12 @@ class Process:
         if worker == "peers":
             paths.insert(0, str(installed_peers()))
         paths += os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        self._complaints = tempfile.TemporaryFile("w+")
+        self._stderr = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"retentive.bench.workers.{worker}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._complaints,
+            stderr=self._stderr,
             text=True,
             env={
                 **os.environ,
@@ -42,10 +42,13 @@ class Process:
         )
 
     def prepare(
-        self, case: dict[str, Any], heard: Callable[[Answer], None] | None = None
+        self, case: dict[str, Any], on_message: Callable[[Answer], None] | None = None
     ) -> Answer:
-        """The facts of the contender ready for a case; `heard` gets what it tells meanwhile."""
-        return self._ask({"prepare": case}, heard)
+        """Gets the contender ready for a case; returns its facts.
+
+        `on_message` is called with what it reports until then.
+        """
+        return self._ask({"prepare": case}, on_message)
 
     def run(self, **arguments: Any) -> Answer:
         return self._ask({"run": arguments})
@@ -53,17 +56,17 @@ class Process:
     def memory(self) -> dict[str, int]:
         return self._ask({"memory": True})
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Frees what was prepared."""
-        self._ask({"rest": True})
+        self._ask({"release": True})
 
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()  # closes its pipes
-        self._complaints.close()
+        self._stderr.close()
 
     def _ask(
-        self, request: dict[str, Any], heard: Callable[[Answer], None] | None = None
+        self, request: dict[str, Any], on_message: Callable[[Answer], None] | None = None
     ) -> Answer:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
@@ -72,29 +75,29 @@ class Process:
             process.stdin.flush()
             while line := process.stdout.readline():
                 answer = json.loads(line)
-                if "mark" not in answer:
+                if "message" not in answer:
                     break
-                if heard is not None:
-                    heard(answer["mark"])
+                if on_message is not None:
+                    on_message(answer["message"])
         except BrokenPipeError:
             line = ""
         if not line:
-            raise Unavailable(self._last_words())
+            raise Unavailable(self._cause_of_death())
         if "error" in answer:
             raise Unavailable(answer["error"])
         return answer
 
-    def _last_words(self) -> str:
+    def _cause_of_death(self) -> str:
         code = self._process.wait()
         if code < 0:
             return f"its process was killed by signal {-code}, most likely for want of memory"
-        self._complaints.seek(0)
-        said = self._complaints.read().strip().splitlines() or ["it said nothing"]
-        return f"its process ended with code {code}: {said[-1]}"
+        self._stderr.seek(0)
+        lines = self._stderr.read().strip().splitlines() or ["it printed nothing"]
+        return f"its process ended with code {code}: {lines[-1]}"
 
 
-class Kept:
-    """Processes that go on from case to case, one for each contender, until `close`.
+class ProcessPool:
+    """A process for each contender, used for case after case, until `close`.
 
     For a GPU: there a contender's memory is that of its tensors, whatever the process has done
     before, and to start one takes as long as to measure a case.
@@ -103,16 +106,16 @@ class Kept:
     def __init__(self) -> None:
         self._processes: dict[str, Process] = {}
 
-    def started(self, name: str, worker: str, threads: int) -> Process:
-        """The contender's process; one that is new begins to import at once."""
+    def get(self, name: str, worker: str, threads: int) -> Process:
+        """The contender's process; a new one begins to import at once."""
         if name not in self._processes:
             self._processes[name] = Process(worker, threads)
         return self._processes[name]
 
-    def rest(self, name: str) -> None:
-        """What it had prepared is freed. It ends where it does not answer, and is started anew."""
+    def release(self, name: str) -> None:
+        """Frees what the process had prepared. One that does not answer is ended."""
         try:
-            self._processes[name].rest()
+            self._processes[name].release()
         except Unavailable:
             self._processes.pop(name).close()
 

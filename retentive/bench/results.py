@@ -1,4 +1,4 @@
-"""Results as JSON: rows with every sample, the machine, and two runs held against each other."""
+"""Results as JSON: rows with every sample, the machine; and the comparison of two runs."""
 
 import importlib.metadata
 import json
@@ -19,42 +19,42 @@ from retentive.io.atomic import write_text
 
 FORMAT = 3
 READABLE = (2, FORMAT)
-"""Format 2 is what 3 is without `roofline`."""
+"""Format 2 is format 3 without `roofline`."""
 
 
 @dataclass
 class Row:
-    """One contender in one case; or the reason why there is nothing to show of it."""
+    """One contender in one case; or `error`, the reason why it was not measured."""
 
     contender: str
     case: dict[str, int | str]
-    """What tells this row from the contender's others: tokens, batch, context."""
+    """The sizes that tell this row from the contender's others: tokens, batch, context."""
     version: str = ""
     form: str = ""
     dtype: str = ""
     parameters: int | None = None
     chunk_size: int | None = None
     weight_bytes: int | None = None
-    """Read for a token, where the contender says so: weights may be of several dtypes."""
+    """Bytes read for a token, where the contender reports them: dtypes may be mixed."""
     tokens: int = 0
     """Tokens of one timed run."""
     samples: list[list[float]] = field(default_factory=list)
-    """Seconds of every run, a list for each round."""
+    """Seconds of every run, in a list for each round."""
     forward: list[float] = field(default_factory=list)
-    """Of an op: the part of each sample that was the forward pass."""
+    """Of an op: the seconds of each sample's forward pass."""
     work: float = 0.0
-    """FLOPs of a run; bytes of one where the limit is reading memory."""
+    """FLOPs of a run, or bytes where the limit is reading memory."""
     limit: float = 0.0
-    """Of the machine in this case: FLOP/s, or bytes/s."""
+    """The machine's rate in this case: FLOP/s, or bytes/s."""
     roofline: dict[str, float] | None = None
-    """Of retention: the seconds that the machine's limits allow (`retentive.bench.roofline`)."""
+    """Of retention: the least seconds by the machine's limits (`retentive.bench.roofline`)."""
     memory: dict[str, int] | None = None
-    """Bytes of its process: at its start, at its peak, resident in the end; of its state."""
+    """Bytes of its process at the start, at the peak, resident at the end; of its state."""
     error: str | None = None
 
     @property
     def seconds(self) -> float:
-        """The median over the rounds, of each the median."""
+        """The median over the rounds of each round's median."""
         return median(map(median, self.samples))
 
     @property
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def fraction(self) -> float:
-        """Of what the machine's limit allows."""
+        """The part of the machine's limit that it reached."""
         return self.work / self.seconds / self.limit
 
     @property
@@ -93,12 +93,12 @@ class Result:
     limits: dict[str, list[float]]
     machine: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
-    """What only this benchmark has."""
+    """Results that only this benchmark has."""
     format: int = FORMAT
 
     @classmethod
-    def begun(cls, benchmark: str, options: Any, limits: Limits) -> "Result":
-        """Without rows yet; the limits' samples show as they come."""
+    def new(cls, benchmark: str, options: Any, limits: Limits) -> "Result":
+        """Without rows yet; later samples of the limits are part of it."""
         rates = {
             "gemm_flops": limits.gemm_rates,
             "linear_flops": limits.linear_rates,
@@ -112,7 +112,7 @@ class Result:
 
 
 def load(path: Path, benchmark: str) -> Result:
-    """Raises InputError for a file that holds no result of this benchmark and format."""
+    """Raises InputError for a file without a result of this benchmark in a readable format."""
     if not path.is_file():
         raise InputError(f"no file {path}; give one that bench {benchmark} --out wrote")
     try:
@@ -132,10 +132,9 @@ def load(path: Path, benchmark: str) -> Result:
 
 
 def compare(old: Result, new: Result) -> list[tuple[Row, float]]:
-    """The new rows that were measured before, and how many times as fast they are now.
+    """The new rows that the old run has, too, and how many times as fast they are now.
 
-    Each is taken as the fraction of its own run's limit, so that a machine that was slower on one
-    of the days changes nothing.
+    Each counts as a fraction of its own run's limit, so that a slower machine changes nothing.
     """
     before = {row.key: row for row in old.rows if row.error is None}
     return [
@@ -155,19 +154,19 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "retentive": __version__,
-        **(on_gpu(*torch.cuda.get_device_capability(device)) if gpu else {}),
+        **(kernel_tools(*torch.cuda.get_device_capability(device)) if gpu else {}),
     }
 
 
-def on_gpu(major: int, minor: int) -> dict[str, str | None]:
-    """What kernels are made by, for a GPU of this compute capability."""
-    made_by = {"cuda": torch.version.cuda, "triton": None, "ptxas": None}
+def kernel_tools(major: int, minor: int) -> dict[str, str | None]:
+    """The versions of the tools that make kernels for a GPU of this compute capability."""
+    tools = {"cuda": torch.version.cuda, "triton": None, "ptxas": None}
     if find_spec("triton") is not None:
         from triton.backends.nvidia.compiler import get_ptxas
 
-        made_by["triton"] = importlib.metadata.version("triton")
-        made_by["ptxas"] = get_ptxas(10 * major + minor).version
-    return made_by
+        tools["triton"] = importlib.metadata.version("triton")
+        tools["ptxas"] = get_ptxas(10 * major + minor).version
+    return tools
 
 
 def _processor() -> str:
@@ -180,5 +179,5 @@ def _processor() -> str:
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has them."""
+    """Converted to the types of JSON."""
     return json.loads(json.dumps(options, default=str))

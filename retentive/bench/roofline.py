@@ -1,4 +1,4 @@
-"""The least time that retention can take on a machine, by its rate of products and of memory.
+"""The least time that retention can take on a machine, by its rates of products and of memory.
 
 Per token of one layer with H heads of K and V dims, C the chunk, b the sub-tile of 64 within it:
 
@@ -6,11 +6,11 @@ Per token of one layer with H heads of K and V dims, C the chunk, b the sub-tile
     forward  H ((C + b)(K + V) + 4KV)             H (3K + 3V + 2KV/C)
     backward H ((C + b)(3K + 2V) + 10KV)          H (6K + 5V + 4KV/C)
 
-Those are two passes over chunks with stored states, the states computed anew in the backward, at
-the C that is best on the machine: what the design of our kernels allows ("design"). No kernel can
-do with less than each tensor once, forward 2K + 2V and backward 4K + 3V, and products at C = b
-("floor"). Forward and backward follow each other, so their times add up; within one products and
-memory overlap at best.
+Those are two passes over chunks with stored states, recomputed in the backward, at the C that is
+best on the machine: the limit of our kernels' design ("design"). No kernel can do with less than
+each tensor once, forward 2K + 2V and backward 4K + 3V, and products at C = b ("floor"). Forward and
+backward follow each other, so their times add up; within one of them products and memory overlap at
+best.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ CHUNKS = range(64, 1025, 64)
 
 @dataclass(frozen=True)
 class Op:
-    """Retention over `tokens` tokens, of all rows together; a number takes `size` bytes."""
+    """Retention over `tokens` tokens, of all sequences together; a number takes `size` bytes."""
 
     tokens: int
     heads: int

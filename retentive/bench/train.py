@@ -15,9 +15,9 @@ from retentive.bench import figures, tables
 from retentive.bench.contenders import Entry
 from retentive.bench.limits import Limits
 from retentive.bench.measure import measure_case
-from retentive.bench.models import Subject, subject
+from retentive.bench.models import ReferenceModel, reference_model
 from retentive.bench.options import Common, check_positive
-from retentive.bench.processes import Kept
+from retentive.bench.processes import ProcessPool
 from retentive.bench.results import Result, Row
 from retentive.errors import InputError
 from retentive.models.counts import flops_per_token
@@ -26,15 +26,15 @@ from retentive.models.counts import flops_per_token
 @dataclass(frozen=True)
 class TrainBenchmark(Common):
     model: str = ""
-    """A size by name, or the folder of a RetNet; 38m, on a GPU 1.3b, unless given."""
+    """A size by name, or a model folder; 38m, on a GPU 1.3b, unless given."""
     steps: tuple[str, ...] = ()
-    """The batches of a step: rows x tokens of each; 4x512 1x2048 1x8192, on a GPU the last."""
+    """The batches, as sequences x tokens of each; 4x512 1x2048 1x8192, on a GPU the last."""
     layers: int | None = None
     """Only so many of the model's layers."""
     update: bool = True
-    """AdamW's update belongs to the step."""
+    """AdamW's update is part of the step."""
     checkpoint_layers: bool = False
-    """Compute activations again in the backward, layer by layer, to save memory."""
+    """Recompute activations in the backward pass, layer by layer, to save memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,8 +47,8 @@ class TrainBenchmark(Common):
         if self.layers is not None:
             check_positive("layers", self.layers)
 
-    def subject(self) -> Subject:
-        model = subject(self.model)
+    def reference(self) -> ReferenceModel:
+        model = reference_model(self.model)
         if self.layers is None:
             return model
         if model.folder is not None or self.layers > model.config.num_hidden_layers:
@@ -57,46 +57,45 @@ class TrainBenchmark(Common):
                 f" {model.config.num_hidden_layers} that it has"
             )
         config = dataclasses.replace(model.config, num_hidden_layers=self.layers)
-        return Subject(model.name, config)
+        return ReferenceModel(model.name, config)
 
     @property
     def title(self) -> str:
-        what = f"training steps, {self.model}"
+        title = f"training steps, {self.model}"
         if self.layers is not None:
-            what += f", {self.layers} layers of it"
+            title += f", {self.layers} layers of it"
         if not self.update:
-            what += ", forward and backward only"
-        return what + (", layers checkpointed" if self.checkpoint_layers else "")
+            title += ", forward and backward only"
+        return title + (", layers checkpointed" if self.checkpoint_layers else "")
 
 
 def batch_and_tokens(step: str) -> tuple[int, int]:
     """`4x512` as two numbers."""
     batch, times, tokens = step.partition("x")
     if not (times and batch.isdigit() and tokens.isdigit() and int(batch) and int(tokens)):
-        raise InputError(f"a step is {step!r}; give rows x tokens, such as 4x512")
+        raise InputError(f"a step is {step!r}; give sequences x tokens, such as 4x512")
     return int(batch), int(tokens)
 
 
 def run(options: TrainBenchmark) -> None:
     old = options.old("train")
-    result = measured(options)
+    result = measure(options)
     tables.show(result, options.title, of="GEMM rate")
     figures.by_length(result, options.figure_stem, "Training")
     tables.finish(result, options, old)
 
 
-def measured(options: TrainBenchmark) -> Result:
+def measure(options: TrainBenchmark) -> Result:
     """All cases; `options.out` has those so far at any time."""
-    limits, model = options.limits(), options.subject()
-    entries = [Entry(contender, model) for contender in options.taking_part("train")]
+    limits, entries = options.limits(), options.entries("train", options.reference())
     options.check_writable()
-    result = Result.begun("train", options, limits)
+    result = Result.new("train", options, limits)
     how = {"update": options.update, "checkpoint": options.checkpoint_layers}
     with ExitStack() as stack:
-        kept = options.kept(stack, entries)
+        pool = options.pool(stack, entries)
         for step in options.steps:
             sizes = batch_and_tokens(step)
-            result.rows += train_rows(entries, options, limits, *sizes, kept=kept, **how)
+            result.rows += train_rows(entries, options, limits, *sizes, pool=pool, **how)
             result.save(options.out)
     return result
 
@@ -108,7 +107,7 @@ def train_rows(
     batch: int,
     tokens: int,
     *,
-    kept: Kept | None = None,
+    pool: ProcessPool | None = None,
     **how: bool,
 ) -> list[Row]:
     """One case. `how`: whether there is an "update", and a "checkpoint" in each layer."""
@@ -119,8 +118,8 @@ def train_rows(
         options.rounds,
         limits,
         sizes=["batch", "tokens"],
-        asked=bool(options.contenders),
-        kept=kept,
+        named=bool(options.contenders),
+        pool=pool,
         apart=options.on_gpu,
     )
     for entry, row in zip(entries, rows, strict=True):

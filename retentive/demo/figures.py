@@ -1,41 +1,43 @@
-"""The demo's three pictures."""
+"""The demo's three figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from retentive.bench.along import Mark
+from retentive.reports.figures import BLUE, GUIDE, MARKERS, ORANGE, figure, label_ends
 
-from retentive.bench.decode import Measure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-_COLORS = {"RetNet": "tab:blue", "Transformer": "tab:orange"}
+_COLORS = {"RetNet": BLUE, "Transformer": ORANGE}
 
 
 Points = Sequence[tuple[float, float]]  # x and y of each
 
 
 def learning_curve(
-    training: Points, sampled: Points, held_out: float, xz: float, path: Path
+    training: Points, sampled: Points, held_out: float, xz: float, stem: Path
 ) -> None:
     """Bits per byte over millions of tokens read.
 
-    training: of each update; sampled: of some held-out files during the run; held_out: of all of
-    them at its end, beside what xz needs for them.
+    training   of each update
+    sampled    of some held-out files during the run
+    held_out   of all held-out files at its end
+    xz         of the same files, compressed
     """
-    figure, axes = _figure("What a byte of Python costs", "training tokens read, millions")
-    color = _COLORS["RetNet"]
-    axes.plot(*_means(training, 100), color=color, alpha=0.4, linewidth=1, label="in training")
-    if sampled:
-        axes.plot(*zip(*sampled, strict=True), ".-", color=color, label="some held-out files")
-    end, name = training[-1][0], f"all held-out files: {held_out:.2f}"
-    axes.plot(end, held_out, "*", color=color, markersize=11, label=name)
-    axes.axhline(
-        xz, color="0.35", linestyle="--", linewidth=1, label=f"xz -9 on all of them: {xz:.2f}"
-    )
-    axes.set(ylabel="bits per byte", ylim=(0, None))
-    axes.legend(frameon=False, loc="lower left")
-    figure.savefig(path)
+    with figure(stem, "Bits per byte of Python's own sources") as drawn:
+        axes = drawn.subplots()
+        axes.plot(*_means(training, 100), color=BLUE, alpha=0.4, linewidth=1, label="in training")
+        if sampled:
+            x, y = zip(*sampled, strict=True)
+            axes.plot(x, y, ".-", color=BLUE, label="some held-out files")
+        end, name = training[-1][0], f"all held-out files: {held_out:.2f}"
+        axes.plot(end, held_out, "*", color=BLUE, markersize=14, label=name)
+        axes.axhline(xz, color=GUIDE, linestyle="--", label=f"xz -9 on all of them: {xz:.2f}")
+        axes.set(xlabel="training tokens read, millions", ylabel="bits per byte", ylim=(0, None))
+        axes.legend(loc="lower left")
 
 
 def _means(points: Points, count: int) -> tuple[list[float], list[float]]:
@@ -45,57 +47,44 @@ def _means(points: Points, count: int) -> tuple[list[float], list[float]]:
     return [fmean(x for x, _ in g) for g in groups], [fmean(y for _, y in g) for g in groups]
 
 
-def time_per_token(measures: Mapping[str, Sequence[Measure]], path: Path) -> None:
-    figure, axes = _figure("Time of the next token", "tokens read so far")
-    times = {name: [1000 * at.seconds for at in points] for name, points in measures.items()}
-    _lines(axes, measures, times, "{:.1f} ms")
-    axes.set(ylabel="milliseconds a token", ylim=(0, None))
-    figure.savefig(path)
+def time_per_token(marks: Mapping[str, Sequence[Mark]], stem: Path) -> None:
+    times = {name: [1000 * mark.seconds for mark in along] for name, along in marks.items()}
+    with figure(stem, "Time of the next token") as drawn:
+        axes = drawn.subplots()
+        axes.set(ylabel="ms a token", ylim=(0, 1.05 * max(map(max, times.values()))))
+        _lines(axes, marks, times, "ms")
 
 
-def memory(measures: Mapping[str, Sequence[Measure]], path: Path) -> None:
-    """What each process holds beyond its first measure; the weights and libraries are in that."""
-    figure, axes = _figure("Memory that decoding adds", "tokens read so far")
+def memory(marks: Mapping[str, Sequence[Mark]], stem: Path) -> None:
+    """The growth of each process since its first mark; weights and libraries are older."""
     grown = {
-        name: [(at.resident - points[0].resident) / 2**20 for at in points]
-        for name, points in measures.items()
+        name: [(mark.resident - along[0].resident) / 2**20 for mark in along]
+        for name, along in marks.items()
     }
-    _lines(axes, measures, grown, "{:.0f} MiB")
-    bottom, top = axes.get_ylim()
-    axes.set(ylabel="resident memory above the start, MiB", ylim=(bottom, max(top, 10)))
-    figure.savefig(path)
-
-
-def _figure(title: str, over: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, loc="left")
-    axes.set_xlabel(over)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    return figure, axes
+    with figure(stem, "Memory that decoding adds") as drawn:
+        axes = drawn.subplots()
+        most = max(10, *map(max, grown.values()))
+        least = min(0, *map(min, grown.values()))
+        axes.set(ylabel="MiB above the start", ylim=(least - 0.03 * most, 1.05 * most))
+        _lines(axes, marks, grown, "MiB")
 
 
 def _lines(
-    axes: Axes,
-    measures: Mapping[str, Sequence[Measure]],
+    axes: "Axes",
+    marks: Mapping[str, Sequence[Mark]],
     values: Mapping[str, Sequence[float]],
     unit: str,
 ) -> None:
-    """A line a contender, its name and last value at its end: above it, where there is room."""
-    low, high = sorted(y[-1] for y in values.values())
-    crowded = high - low < 0.15 * max(map(max, values.values()))
-    for name, y in values.items():
-        x = [at.position for at in measures[name]]
-        axes.plot(x, y, ".-", color=_COLORS[name], markersize=4, linewidth=1.2)
-        offset, va = (-7, "top") if crowded and y[-1] == low else (7, "bottom")
-        axes.annotate(
-            f"{name}: {unit.format(y[-1])}",
-            (x[-1], y[-1]),
-            (0, offset),
-            textcoords="offset points",
+    """A line a contender over the positions, its name and last value at its end."""
+    for number, (name, y) in enumerate(values.items()):
+        axes.plot(
+            [mark.position for mark in marks[name]],
+            y,
             color=_COLORS[name],
-            ha="right",
-            va=va,
+            marker=MARKERS[number],
+            markersize=4,
+            label=f"{name}\n{y[-1]:.{0 if unit == 'MiB' else 1}f} {unit}",
         )
-    axes.margins(y=0.15)
+    axes.set_xlabel("tokens read before")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    label_ends(axes)

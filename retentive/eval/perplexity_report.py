@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retentive.eval.curves import BLOCK, Mean, block_lengths, curve
-from retentive.eval.figures import by_distance, new_figure, save
-from retentive.eval.tables import console
-from retentive.info import size
+from retentive.eval.figures import by_distance
 from retentive.models.counts import half_lives
 from retentive.models.language_model import LanguageModel
+from retentive.reports.figures import MARKERS, PALETTE, figure
+from retentive.reports.tables import console, new_table, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,15 +119,11 @@ class Report:
         }
 
     def show(self, folder: Path) -> None:
-        from rich.table import Table
-
         out = console()
         documents = len(self.documents)
         title = f"{documents:,} document{'s' * (documents > 1)}, {self.bytes:,} bytes"
-        table = Table(title=title, title_justify="left")
-        table.add_column("read")
-        for name in ("tokens", "nats a token", "perplexity", "bits per byte"):
-            table.add_column(name, justify="right")
+        columns = ["read", "tokens", "nats a token", "perplexity", "bits per byte"]
+        table = new_table(title, columns, words=["read"])
         for index, reading in enumerate(self.readings):
             mean = self.mean(index)
             numbers = f"{mean.tokens:,}", mean.show(), f"{math.exp(mean.loss):,.2f}"
@@ -139,16 +135,11 @@ class Report:
 
     def _by_position(self) -> Any:
         """A row a doubling of the context; beside each window what it loses against the whole."""
-        from rich.table import Table
-
         whole = self.readings[0].window is None
-        table = Table(title="nats a token, by the tokens before it", title_justify="left")
-        table.add_column("context", justify="right")
-        table.add_column("tokens", justify="right")
+        columns = ["context", "tokens"]
         for index, reading in enumerate(self.readings):
-            table.add_column(reading.name, justify="right")
-            if whole and index:
-                table.add_column("- whole", justify="right")
+            columns += [reading.name, "- whole"] if whole and index else [reading.name]
+        table = new_table("nats a token, by the tokens before it", columns)
         curves = [self.curve(index) for index in range(len(self.readings))]
         gains = [self.gain(index) for index in range(len(self.readings))] if whole else []
         for row, (start, stop, mean) in enumerate(curves[0]):
@@ -179,29 +170,28 @@ class Report:
         """As perplexity.png and .svg: a line a reading; below, what windows lose against whole."""
         compared = range(1, len(self.readings)) if self.readings[0].window is None else range(0)
         heights = (3, 2) if compared else (1,)
-        figure = new_figure("Loss by the tokens before", height=4.2 * sum(heights) / heights[0])
-        panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights, sharex=True)
-        above, *below = panels[:, 0]
-        for index in range(len(self.readings)):
-            self._line(above, self.curve(index), index)
-        above.set_ylabel("nats a token")
-        above.legend(frameon=False)
-        for axes in below:
-            axes.axhline(0, color="C0", linewidth=1)
-            for index in compared:
-                self._line(axes, self.gain(index), index)
-            axes.set_ylabel("above whole")
-        by_distance(panels[:, 0], "tokens before", half_lives(self.config))
-        save(figure, folder / "perplexity")
+        size = (7.0, 4.4 * sum(heights) / heights[0])
+        with figure(folder / "perplexity", "Loss by the tokens before", size) as drawn:
+            grid = drawn.subplots(len(heights), squeeze=False, height_ratios=heights, sharex=True)
+            above, *below = panels = list(grid[:, 0])
+            for index in range(len(self.readings)):
+                self._line(above, self.curve(index), index)
+            above.set_ylabel("nats a token")
+            above.legend()
+            for axes in below:
+                axes.axhline(0, color=PALETTE[0], linewidth=1)
+                for index in compared:
+                    self._line(axes, self.gain(index), index)
+                axes.set_ylabel("above whole")
+            by_distance(panels, "tokens before", half_lives(self.config))
 
     def _line(self, axes: "Axes", points: list[tuple[int, int, Mean]], index: int) -> None:
         axes.errorbar(
             [math.sqrt(max(start, 1) * stop) for start, stop, _ in points],
             [mean.loss for _, _, mean in points],
             yerr=[mean.error or 0.0 for _, _, mean in points],
-            marker="o",
-            markersize=4,
+            marker=MARKERS[index % len(MARKERS)],
             capsize=2,
-            color=f"C{index}",
+            color=PALETTE[index % len(PALETTE)],
             label=self.readings[index].name,
         )

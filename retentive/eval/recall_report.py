@@ -6,10 +6,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from retentive.eval.figures import by_distance, new_figure, save
-from retentive.eval.tables import console
+from retentive.eval.figures import by_distance
 from retentive.models.config import ModelConfig
 from retentive.models.counts import half_lives
+from retentive.reports.figures import MARKERS, PALETTE, figure
+from retentive.reports.tables import console, new_table
 
 if TYPE_CHECKING:
     from retentive.eval.recall import RecallOptions
@@ -100,17 +101,14 @@ class Report:
         }
 
     def show(self, folder: Path) -> None:
-        from rich.table import Table
-
         options, out = self.options, console()
         title = f"recall over distance, {options.samples} texts of each probe"
-        table = Table(title=title, title_justify="left")
-        table.add_column("tokens\nbetween", justify="right")
+        names = ["tokens\nbetween"]
         if self.half_lives:
-            table.add_column("heads that hold half\n(slowest holds)", justify="right")
+            names.append("heads that hold half\n(slowest holds)")
         for probe in self.answers:
-            table.add_column(f"{probe}\nof candidates", justify="right")
-            table.add_column(f"{probe}\nof all tokens", justify="right")
+            names += [f"{probe}\nof candidates", f"{probe}\nof all tokens"]
+        table = new_table(title, names)
         columns = [
             [score.show() for score in self.scores(probe, what)]
             for probe in self.answers
@@ -137,24 +135,21 @@ class Report:
 
     def draw(self, folder: Path) -> None:
         """As recall.png and .svg: a line a probe, its chance dashed."""
-        figure = new_figure("Recall over distance")
-        axes = figure.subplots()
-        for number, probe in enumerate(self.answers):
-            scores = self.scores(probe, "chosen")
-            color = f"C{number}"
-            axes.errorbar(
-                self.options.distances,
-                [score.mean for score in scores],
-                yerr=[score.error or 0.0 for score in scores],
-                marker="o",
-                ms=4,
-                capsize=2,
-                color=color,
-                label=probe,
-            )
-            axes.axhline(self.chances[probe], color=color, linestyle="--", linewidth=1)
-        by_distance([axes], "tokens between", self.half_lives)
-        axes.set_ylabel("right among the candidates (dashed: chance)")
-        axes.set_ylim(-0.03, 1.03)
-        axes.legend(frameon=False)
-        save(figure, folder / "recall")
+        with figure(folder / "recall", "Recall over distance") as drawn:
+            axes = drawn.subplots()
+            for number, probe in enumerate(self.answers):
+                scores = self.scores(probe, "chosen")
+                color = PALETTE[number]
+                axes.errorbar(
+                    self.options.distances,
+                    [score.mean for score in scores],
+                    yerr=[score.error or 0.0 for score in scores],
+                    marker=MARKERS[number],
+                    capsize=2,
+                    color=color,
+                    label=probe,
+                )
+                axes.axhline(self.chances[probe], color=color, linestyle="--", linewidth=1)
+            by_distance([axes], "tokens between", self.half_lives)
+            axes.set(ylabel="right among the candidates (dashed: chance)", ylim=(-0.03, 1.03))
+            axes.legend()

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from retentive.eval.tables import console
 from retentive.io.atomic import write_text
+from retentive.reports.tables import console, new_table
 
 if TYPE_CHECKING:
     from retentive.eval.tasks import TasksOptions
@@ -120,14 +120,8 @@ class Report:
         return [row for row in self.earlier.get("not_run", []) if row["task"] not in now]
 
     def show(self) -> None:
-        from rich.table import Table
-
-        table = Table(title=str(self.options.model), title_justify="left")
-        table.add_column("task")
-        table.add_column("shots", justify="right")
-        table.add_column("documents", justify="right")
-        table.add_column("metric")
-        table.add_column("value", justify="right")
+        columns = ["task", "shots", "documents", "metric", "value"]
+        table = new_table(str(self.options.model), columns, words=["task", "metric"])
         for outcome in self.outcomes:
             numbers = ["" if n is None else f"{n:,}" for n in (outcome.shots, outcome.documents)]
             for row, metric in enumerate(outcome.metrics):

@@ -130,7 +130,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=logits,  # pyright: ignore[reportArgumentType]
-            **{CACHE: None if after is None else cache},
+            **_held(None if after is None else cache),
             hidden_states=tuple(map(layout.pad, [*hidden_states, h])) if hidden_states else None,  # pyright: ignore
         )
 
@@ -147,7 +147,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         states = (zeros.new_zeros(*shape, config.hidden_size),) * (config.num_hidden_layers + 1)
         return CausalLMOutputWithPast(
             logits=zeros[:, _columns(logits_to_keep)],  # pyright: ignore[reportArgumentType]
-            **{CACHE: cache},
+            **_held(cache),
             hidden_states=states if output_hidden_states else None,  # pyright: ignore
         )
 
@@ -314,6 +314,11 @@ class RetentiveQuantizedForCausalLM(RetentiveForCausalLM):
             "the weights of this model are quantised, which transformers cannot read; open it with"
             " retentive.load, or give the folder that it was made from"
         )
+
+
+def _held(cache: RetentiveCache | None) -> dict[str, Any]:
+    """The field of an output, by the name that transformers has for it."""
+    return {CACHE: cache}
 
 
 def _is_initialized(weight: Tensor) -> bool:

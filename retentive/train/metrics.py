@@ -17,6 +17,7 @@ from torch import Tensor
 
 from retentive.errors import InputError
 from retentive.layers.linear import product
+from retentive.reports.figures import BLUE, ORANGE, figure
 
 Record = dict[str, Any]
 
@@ -77,27 +78,21 @@ def _summary_writer(folder: Path, step: int) -> Any:
 
 
 def plot_curve(records: list[Record], path: Path) -> None:
-    """Draws the losses of training and validation, and beside them bits per byte."""
-    from matplotlib.figure import Figure
-
+    """Draws the losses of training and validation, and beside them bits per byte, as a PNG."""
     updates = [r for r in records if "loss" in r]
     validations = [r for r in records if "valid_loss" in r]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, bits = figure.subplots(1, 2)
-    steps, losses = [r["step"] for r in updates], [r["loss"] for r in updates]
-    loss.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
-    loss.plot(steps, _running_mean(losses), color="C0", label="training (running mean)")
-    steps = [r["step"] for r in validations]
-    valid = {"color": "C1", "marker": "o", "label": "validation"}
-    loss.plot(steps, [r["valid_loss"] for r in validations], **valid)
-    bits.plot(steps, [r["bits_per_byte"] for r in validations], **valid)
-    loss.set(xlabel="step", ylabel="loss, nats a token")
-    bits.set(xlabel="step", ylabel="bits per byte")
-    loss.legend()
-    bits.legend()
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format=path.suffix[1:], dpi=120)
-    os.replace(aside, path)
+    with figure(path.with_suffix(""), size=(10, 4), kinds=("png",)) as drawn:
+        loss, bits = drawn.subplots(1, 2)
+        steps, losses = [r["step"] for r in updates], [r["loss"] for r in updates]
+        loss.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
+        loss.plot(steps, _running_mean(losses), color=BLUE, label="training (running mean)")
+        steps = [r["step"] for r in validations]
+        valid = {"color": ORANGE, "marker": "o", "label": "validation"}
+        loss.plot(steps, [r["valid_loss"] for r in validations], **valid)
+        bits.plot(steps, [r["bits_per_byte"] for r in validations], **valid)
+        loss.set(xlabel="step", ylabel="loss, nats a token")
+        bits.set(xlabel="step", ylabel="bits per byte")
+        loss.legend()
 
 
 def _running_mean(values: list[float]) -> list[float]:

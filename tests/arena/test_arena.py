@@ -37,9 +37,9 @@ TINY = Recipe(
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 40 documents, about 12 kB."""
-    folder = tmp_path_factory.mktemp("texts")
+    folder = tmp_path_factory.mktemp("documents")
     for n in range(40):
         words = (WORDS[(n * i + i * i) % len(WORDS)] for i in range(5 + 3 * n))
         (folder / f"{n}.txt").write_text(" ".join(words))
@@ -55,10 +55,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def options(texts: Path, tmp_path: Path) -> QualityBenchmark:
+def options(documents: Path, tmp_path: Path) -> QualityBenchmark:
     return QualityBenchmark(
         size="tiny",
-        sources=(str(texts),),
+        sources=(str(documents),),
         variants=("retnet", "transformer"),
         seeds=(0, 1),
         out=tmp_path / "quality",
@@ -99,6 +99,12 @@ def test_all_variants_have_equally_many_parameters(size: str):
     for count in counts.values():
         assert count == pytest.approx(counts["retnet"], rel=0.01)
         assert count == pytest.approx(1e6 * millions, rel=0.05)
+
+
+def test_the_ffn_takes_up_what_the_gate_leaves():
+    """The runs of earlier versions are gone on with, so that this must not change by a row."""
+    width = model_options(SIZES["3m"], "no-gate").fields["intermediate_size"]
+    assert width == 2 * 192 + 192  # W_G is 192 x 384, a row more of the plain FFN 2 x 192
 
 
 def test_variants_differ_from_the_retnet_in_what_they_are_named_for():
@@ -173,8 +179,8 @@ def test_runs_of_a_seed_see_the_same_tokens_in_the_same_order(options):
 # Running
 
 
-def test_end_to_end(options, texts, updates, capsys):
-    argv = ["quality", "--size", "tiny", "--sources", str(texts), "--seeds", "0", "1"]
+def test_end_to_end(options, documents, updates, capsys):
+    argv = ["quality", "--size", "tiny", "--sources", str(documents), "--seeds", "0", "1"]
     argv += ["--out", str(options.out), "--device", "cpu", "--threads", "1"]
     assert main(argv) == 0
     result = report(options)
@@ -231,7 +237,7 @@ def test_a_stopped_report_has_the_runs_behind_a_missing_one(options, updates, mo
     quality.run(options)
     runs = report(options)["runs"]
     (options.out / "runs" / "retnet-lr0.001-seed0" / "outcome.json").unlink()
-    monkeypatch.setattr(quality.Runs, "finish", lambda self, job, show: None)
+    monkeypatch.setattr(quality.Runs, "run", lambda self, job, show: None)
     quality.run(options)
     assert report(options)["runs"] == runs[1:]
 
@@ -285,10 +291,10 @@ def test_a_run_that_was_killed_after_its_last_step_is_only_validated(options, up
     plan = options.plan()
     corpus, job = prepare(plan.data()), next(plan.jobs({}))
     runs = quality.Runs(plan, corpus, options.out)
-    outcome = runs.finish(job)
+    outcome = runs.run(job)
     (options.out / "runs" / job.name / quality.OUTCOME).unlink()
     updates.clear()
-    assert runs.finish(job) == outcome
+    assert runs.run(job) == outcome
     assert updates == []
 
 
@@ -298,7 +304,7 @@ def test_a_retnet_is_validated_twice_with_its_state_carried_and_without(options)
     corpus = prepare(plan.data())
     for variant in options.variants:
         job = Job(variant, 1e-3, 0)
-        outcome = quality.Runs(plan, corpus, options.out).finish(job)
+        outcome = quality.Runs(plan, corpus, options.out).run(job)
         records = read_metrics(options.out / "runs" / job.name / "metrics.jsonl")
         (trained,) = [r["valid_loss"] for r in records if "valid_loss" in r]
         if variant == "retnet":
@@ -379,15 +385,15 @@ def test_a_folder_of_other_settings_is_refused_before_the_corpus_is_read(
     assert updates == []
 
 
-def test_a_text_that_has_changed_is_refused(options, tmp_path):
-    text = tmp_path / "text"
-    text.mkdir()
+def test_a_corpus_that_has_changed_is_refused(options, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
     for n in range(40):
-        (text / f"{n}.txt").write_text(" ".join(WORDS[n % 7 :] * 3))
-    changed = replace(options, sources=(str(text),), variants=("retnet",), seeds=(0,))
+        (corpus / f"{n}.txt").write_text(" ".join(WORDS[n % 7 :] * 3))
+    changed = replace(options, sources=(str(corpus),), variants=("retnet",), seeds=(0,))
     quality.run(changed)
-    (text / "0.txt").write_text("another text")
-    refused(changed, "the text behind --sources has changed", str(options.out))
+    (corpus / "0.txt").write_text("another document")
+    refused(changed, "the documents of --sources have changed", str(options.out))
 
 
 def test_a_folder_of_something_else_is_refused(options):

@@ -1,4 +1,4 @@
-"""Quick limits, and contenders that run without a process."""
+"""Quick limits, and contenders that run in this process."""
 
 import importlib
 import json
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from retentive.bench import decode, limits, measure
+from retentive.bench import along, limits, measure
 from retentive.bench.limits import Limits
 from retentive.bench.peers import Unavailable
 from retentive.bench.workers import serving
@@ -23,18 +23,18 @@ def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Local:
-    """A contender in this process: what it measures is not to be trusted, but it is quick."""
+    """A contender in this process: quick, and its measurements mean nothing."""
 
     def __init__(self, worker: str, threads: int):
         self._module = importlib.import_module(f"retentive.bench.workers.{worker}")
 
-    def prepare(self, case: dict, heard: Callable | None = None) -> dict:
-        def tell(answer: dict) -> None:
-            if heard is not None:
-                heard(answer["mark"])
+    def prepare(self, case: dict, on_message: Callable | None = None) -> dict:
+        def send(answer: dict) -> None:
+            if on_message is not None:
+                on_message(answer["message"])
 
         try:
-            facts, self._run = self._module.prepare(case, tell)
+            facts, self._run = self._module.prepare(case, send)
         except Exception as error:
             raise Unavailable(serving.reason(error)) from error
         return json.loads(json.dumps(facts))
@@ -51,13 +51,13 @@ class Local:
 
 @pytest.fixture
 def local_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (measure, decode):
+    for module in (measure, along):
         monkeypatch.setattr(module, "Process", Local)
 
 
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A size by name, of seconds."""
+    """A size by name that takes seconds."""
     from retentive.bench import models
 
     fields = {"vocab_size": 32, "hidden_size": 64, "num_hidden_layers": 1, "num_heads": 2}

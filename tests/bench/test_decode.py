@@ -1,11 +1,11 @@
-"""The decoding benchmark: drift by hand, the turns, and a small run from the command line."""
+"""The decoding benchmark: small runs from the command line."""
 
 import json
 
 import pytest
 import zoo
 
-from retentive.bench import decode
+from retentive.bench import along as bench_along
 from retentive.bench.command import main
 from retentive.errors import InputError
 from retentive.models.checkpoint import save_model
@@ -16,28 +16,10 @@ from retentive.models.transformer import Transformer
 CONFIG = zoo.retnet(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_heads=2)
 
 
-def test_drift_is_the_last_quarter_over_the_first():
-    assert decode.drift([1.0, 1.0, 9.0, 9.0, 9.0, 9.0, 1.5, 1.5]) == 1.5
-
-
-def test_marks_rise_to_the_last_token():
-    marks = decode.marks_along(16384)
-    assert marks[0] == 128 and marks[-1] == 16384 and len(marks) == decode.MARKS
-    assert marks == sorted(set(marks))
-
-
-def test_blocks_are_timed_in_turn(monkeypatch):
-    monkeypatch.setattr(decode, "BLOCK_ROUNDS", 2)
-    order = []
-    samples = decode.in_turn(3, lambda at: order.append(at) or [float(at)])
-    assert order == [0, 1, 2, 2, 1, 0]
-    assert samples == [[[float(at)]] * 2 for at in range(3)]
-
-
 def test_a_run_of_two_models_is_a_table_a_file_and_figures(
     quick_limits, local_processes, tiny_model, monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(decode, "BLOCK_ROUNDS", 2)
+    monkeypatch.setattr(bench_along, "BLOCK_ROUNDS", 2)
     save_model(RetNet(CONFIG), tmp_path / "mine")
     out = tmp_path / "decode.json"
     models = ["--model", tiny_model, "--model", str(tmp_path / "mine")]
@@ -60,10 +42,19 @@ def test_a_run_of_two_models_is_a_table_a_file_and_figures(
         assert (tmp_path / f"{name}.svg").exists()
 
 
-def test_a_transformer_is_refused(tmp_path):
-    save_model(Transformer(matching_transformer(CONFIG)), tmp_path)
-    with pytest.raises(InputError, match="holds no RetNet"):
-        main(["decode", "--model", str(tmp_path)])
+def test_a_folder_of_another_kind_is_measured_beside_its_equals(
+    quick_limits, local_processes, tmp_path
+):
+    save_model(Transformer(matching_transformer(CONFIG)), tmp_path / "mine")
+    sizes = ["--contexts", "70", "--batches", "2", "--tokens", "0", "--rounds", "1"]
+    names = ["--contenders", "model,retnet,transformer-gqa", "--device", "cpu"]
+    out = tmp_path / "decode.json"
+    model = ["--model", str(tmp_path / "mine")]
+    assert main(["decode", *model, *sizes, *names, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["model", "retnet", "transformer-gqa"]
+    assert [row["error"] for row in rows] == [None] * 3
+    assert rows[0]["form"] == "attention" and rows[1]["form"].startswith("recurrent")
 
 
 @pytest.mark.parametrize(

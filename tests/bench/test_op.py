@@ -15,7 +15,7 @@ def test_flops_are_counted_at_a_chunk_of_64():
     # 24576 + 32768 = 57344; three times that, for 8 heads.
     sizes = {"heads": 8, "key_dim": 64, "value_dim": 128, "tokens": 3}
     assert op.flops_per_token("retnet", sizes) == 3 * 8 * 57344
-    # Attention: q·k and p·v with the 2, 3 and 4 keys of the tokens of a text of 3, 2 on average.
+    # Attention: q·k and p·v with the 1, 2 and 3 keys of the tokens of a sequence, 2 on average.
     assert op.flops_per_token("attention", sizes) == 3 * 8 * 2 * 2 * 2 * 64
 
 
@@ -23,14 +23,18 @@ def test_defaults_are_those_of_the_device():
     cpu, gpu = op.OpBenchmark(device="cpu"), op.OpBenchmark(device="cuda")
     assert [case["tokens"] for case in cpu.cases()] == [2048, 8192, 32768, 131072]
     assert {(case["heads"], case["key_dim"], case["batch"]) for case in cpu.cases()} == {(8, 64, 1)}
-    assert (cpu.dtype, cpu.step, cpu.told) == ("float32", False, ["tokens"])
+    assert (cpu.dtype, cpu.step, cpu.key_sizes) == ("float32", False, ["tokens"])
     assert gpu.cases()[0] == {
         "heads": 8, "key_dim": 256, "value_dim": 512, "batch": 4, "tokens": 8192
     }  # fmt: skip
     assert {case["batch"] * case["tokens"] for case in gpu.cases()} == {32768}
     assert {case["heads"] * case["key_dim"] for case in gpu.cases()} == {2048}
-    assert (gpu.dtype, gpu.step, gpu.told) == ("bfloat16", True, ["key_dim", "batch", "tokens"])
-    assert gpu.taking_part("op")[0].name == "retnet-triton"
+    assert (gpu.dtype, gpu.step, gpu.key_sizes) == (
+        "bfloat16",
+        True,
+        ["key_dim", "batch", "tokens"],
+    )
+    assert gpu.entries("op")[0].contender.name == "retnet-triton"
 
 
 def test_rooflines_by_hand():

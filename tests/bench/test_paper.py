@@ -26,15 +26,15 @@ def test_everything_without_a_budget(quick_limits, local_processes, tiny_model, 
         *((("batch", 1), ("context", n)) for n in (70, 140)),
         (("batch", 2), ("context", 70)),
     }
-    assert cases[0] == (("batch", 1), ("context", 140))  # the most telling
+    assert cases[0] == (("batch", 1), ("context", 140))  # the most important
     names = {row["contender"] for row in result["rows"] if "tokens" in row["case"]}
     assert names == {"retnet", "transformer", "transformer-math"}
     assert result["more"] == {"left_out": [], "refused": []}
     shown = capsys.readouterr().out
-    assert shown.count("GFLOP/s") == 1  # how it was measured is said once
+    assert shown.count("GFLOP/s") == 1  # how it was measured is printed once
     assert "Table 4" in shown and "Figure 6" in shown
-    pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {
+    figures = {path.name for path in tmp_path.glob("*.png")}
+    assert figures == {
         "paper-training.png",
         "paper-context-batch-1.png",
         "paper-batch-context-70.png",
@@ -67,7 +67,7 @@ def test_a_cell_that_does_not_fit_the_memory_is_not_the_end(
         (["--budget", "3"], "budget must be at least 10, got 3"),
         (["--size", "2.3b"], r"unknown model '2.3b' .did you mean"),
         (["--contenders", "lama"], r"'lama' of bench decode .did you mean 'llama'"),
-        (["--lengths"], "missing value|no lengths"),
+        (["--lengths"], "missing value|--lengths is empty"),
     ],
 )
 def test_bad_options_are_refused(argv, words):

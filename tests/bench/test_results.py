@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from retentive.bench import tables
+from retentive.bench import results, tables
 from retentive.bench.limits import Limits
 from retentive.bench.op import OpBenchmark
 from retentive.bench.results import FORMAT, Result, Row, compare, load
@@ -24,7 +24,7 @@ def row(contender="retnet", seconds=2.0, limit=100.0, **case) -> Row:
 
 def result(*rows: Row) -> Result:
     limits = Limits(torch.device("cpu"), torch.float32, [1.0, 3.0], [5.0])
-    made = Result.begun("op", OpBenchmark(device="cpu"), limits)
+    made = Result.new("op", OpBenchmark(device="cpu"), limits)
     made.rows = list(rows)
     return made
 
@@ -94,3 +94,8 @@ def test_what_is_no_result_is_refused(tmp_path, text):
     (tmp_path / "old.json").write_text(text)
     with pytest.raises(InputError, match="holds no benchmark's result"):
         load(tmp_path / "old.json", "op")
+
+
+def test_the_tools_that_make_kernels_have_versions():
+    tools = results.kernel_tools(9, 0)
+    assert all(tools[name][0].isdigit() for name in ("triton", "ptxas"))

@@ -47,5 +47,5 @@ def test_prefill(quick_limits, local_processes, tiny_model, tmp_path):
 @pytest.mark.parametrize("step", ["4", "4x", "x512", "0x512", "4*512", "-1x2"])
 def test_a_step_is_rows_and_tokens(step):
     assert batch_and_tokens("4x512") == (4, 512)
-    with pytest.raises(InputError, match="rows x tokens, such as 4x512"):
+    with pytest.raises(InputError, match="sequences x tokens, such as 4x512"):
         batch_and_tokens(step)

@@ -1,4 +1,4 @@
-"""The code of the contenders' processes, run in this one: it measures what it was asked for."""
+"""The code of the contenders' processes, run in this one: it measures the case it was given."""
 
 from importlib.util import find_spec
 
@@ -7,25 +7,25 @@ import torch
 import zoo
 
 from retentive.bench.contenders import Entry, chosen
-from retentive.bench.models import Subject
+from retentive.bench.models import ReferenceModel
 from retentive.bench.workers import huggingface, ours, peers
 from retentive.bench.workers.along import TIMED, prepare_along
 from retentive.models.checkpoint import save_model
-from retentive.models.counts import decode_bytes
+from retentive.models.counts import decode_bytes, state_bytes
 from retentive.models.retnet import RetNet
 from retentive.models.transformer import Transformer
 
 SMALL = zoo.retnet(vocab_size=32, hidden_size=64, num_hidden_layers=2, num_heads=2)
-MODEL = Subject("small", SMALL)
+MODEL = ReferenceModel("small", SMALL)
 FIXED = {"device": "cpu", "dtype": "float32", "threads": 1}
 
 
-def case(task: str, name: str, model: Subject = MODEL, **sizes: int) -> dict:
+def case(task: str, name: str, model: ReferenceModel = MODEL, **sizes: int) -> dict:
     (contender,) = chosen(task, name)
     return Entry(contender, model).case({"task": task, **FIXED, **sizes})
 
 
-def tell(answer: dict) -> None:
+def send(answer: dict) -> None:
     pass
 
 
@@ -41,7 +41,7 @@ def test_a_decoder_reads_on_from_its_context(name):
 
 def test_a_runner_gives_what_the_model_gives(tmp_path):
     save_model(RetNet(SMALL), tmp_path)
-    model = Subject("mine", SMALL, tmp_path)
+    model = ReferenceModel("mine", SMALL, tmp_path)
     tokens = torch.tensor([5, 6])
     with torch.inference_mode():
         by_runner, by_model = (
@@ -67,12 +67,36 @@ def test_a_fork_goes_on_alone():
         torch.testing.assert_close(first, again)
 
 
-def test_states_kept_along_a_text_are_not_its_memory():
+@pytest.mark.parametrize("name", ["transformer", "transformer-gqa8"])
+def test_a_recorded_step_is_the_step_behind_its_context(name):
+    small = zoo.retnet(vocab_size=32, hidden_size=512, num_hidden_layers=2, num_heads=2)
+    decode = case("decode", name, ReferenceModel("small", small), tokens=16)
+    made, tokens = ours.Ours(decode), torch.tensor([3, 5])
+    with torch.inference_mode():
+        decoder = ours.CacheDecoder.empty(made.model, 2, 70 + 1)
+        decoder.skip(70)
+        recorded = ours.RecordedDecoder(decoder, lambda step: step)
+        first, again = recorded(tokens), recorded(tokens)
+        assert torch.equal(first, again) and torch.equal(first, decoder(tokens))
+    assert decoder.sdpa_kernel.endswith(("attention", "math"))
+    assert ours.training_kernel(made.model, decode).endswith(("attention", "math"))
+
+
+@pytest.mark.parametrize("name", ["retnet", "retnet-eager", "transformer"])
+def test_a_decoder_knows_the_bytes_of_its_state(name):
+    made = ours.Ours(case("decode", name))
+    decoder = made.decoder(batch=3, context=70)
+    with torch.inference_mode():
+        decoder(torch.tensor([1, 2, 3]))
+    assert decoder.state_bytes == 3 * state_bytes(made.model.config, 71)
+
+
+def test_states_kept_along_a_sequence_can_be_gone_on_from():
     made = ours.Ours(case("decode", "retnet"))
     marks = []
     settings = {**case("decode", "retnet"), "batch": 1, "marks": [64, 128], "keep_states": True}
     decoder = made.fresh_decoder(1, 128 + TIMED)
-    _, run = prepare_along(decoder, settings, lambda answer: marks.append(answer["mark"]))
+    _, run = prepare_along(decoder, settings, lambda answer: marks.append(answer["message"]))
     assert [mark["position"] for mark in marks] == [64, 128]
     assert len(run(at=0, times=4)["seconds"]) == len(run(at=1, times=4)["seconds"]) == 4
 
@@ -87,12 +111,12 @@ def test_math_attention_computes_the_same_loss(tmp_path):
     torch.testing.assert_close(*losses)
 
 
-def test_a_package_that_is_missing_is_told():
+def test_a_missing_package_is_an_error():
     """None of the peers is importable outside their own processes."""
     for name in ("yet-another-retnet", "torchscale"):
         if find_spec(name.replace("-", "_")) is None:
             with pytest.raises(ModuleNotFoundError):
-                peers.prepare(case("decode", name, batch=1, context=4), tell)
+                peers.prepare(case("decode", name, batch=1, context=4), send)
 
 
 def test_llama_is_measured_in_every_task():
@@ -102,7 +126,7 @@ def test_llama_is_measured_in_every_task():
         ("decode", {"batch": 2, "context": 8, "room": 16}, ("llama-static", "llama-gqa-static")),
     ):
         for name in ("llama", "llama-gqa", *more):
-            facts, run = huggingface.prepare(case(task, name, **sizes), tell)
+            facts, run = huggingface.prepare(case(task, name, **sizes), send)
             equal = SMALL_TRANSFORMER[name.removesuffix("-static")]
             count = sum(x.numel() for x in Transformer(equal).parameters())
             assert abs(facts["parameters"] - count) < 0.02 * count

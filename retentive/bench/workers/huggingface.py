@@ -1,5 +1,6 @@
-"""Causal language models of Hugging Face's shape: Llama, and flash-linear-attention's RetNet."""
+"""Causal language models of transformers' interface: Llama, flash-linear-attention's RetNet."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retentive.bench.workers import tasks
-from retentive.bench.workers.serving import Answer, Case, Run, Tell, serve
+from retentive.bench.workers.serving import Answer, Case, Run, Send, serve
 
 # pyright: reportMissingImports=false
 
@@ -31,7 +32,7 @@ class HuggingFace:
         return self.model.train().parameters()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Its own loss; it shifts the labels itself, here by one token more."""
+        """Its own loss, which shifts the labels by one more token."""
         return self.model(input_ids=tokens, labels=targets, use_cache=False).loss
 
     def read(self, tokens: Tensor) -> Any:
@@ -42,8 +43,12 @@ class HuggingFace:
         return self._steps(self.read(tokens.to(self.model.device)).past_key_values)
 
     def _steps(self, cache: Any) -> tasks.Step:
+        # The argument's name in transformers from 5.24 on, and before
+        known = inspect.signature(self.model.forward).parameters
+        name = "cache" if "cache" in known else "past_key_values"
+        arguments = {name: cache, "use_cache": True, "logits_to_keep": 1}
+
         def step(token: Tensor) -> Tensor:
-            arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
             return self.model(input_ids=token[:, None], **arguments).logits[:, -1]
 
         return step
@@ -53,7 +58,7 @@ class Llama(HuggingFace):
     def __init__(self, case: Case):
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        ours = case["config"]  # of our Transformer, whose parameters it shall have
+        ours = case["config"]  # of our Transformer with as many parameters
         self.cache, self._room = case.get("cache", "dynamic"), case.get("room", 0)
         config = LlamaConfig(
             vocab_size=ours["vocab_size"],
@@ -72,7 +77,7 @@ class Llama(HuggingFace):
             self.facts["form"] += f", {self.cache} cache"
 
     def decoder(self, batch: int, context: int) -> tasks.Step:
-        """Behind random keys and values, which cost what those of a text cost."""
+        """Behind random keys and values, which cost the same time as real ones."""
         from transformers import DynamicCache, StaticCache
 
         config = self.model.config
@@ -119,7 +124,7 @@ def fla_op(case: Case) -> Run:
 
 
 def fla_step(case: Case) -> Run:
-    """Its decoding step, as its layer calls it: the new state is another tensor."""
+    """Its decoding step, as its layer calls it: the new state is a new tensor."""
     from fla.ops.retention import fused_recurrent_retention
 
     q, k, v = (x.detach() for x in tasks.op_inputs({**case, "tokens": 1}, "tokens first"))
@@ -136,7 +141,7 @@ def load() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
 
-def prepare(case: Case, tell: Tell) -> tuple[Answer, Run]:
+def prepare(case: Case, send: Send) -> tuple[Answer, Run]:
     if case["task"] in ("op", "step"):
         facts = {name: case[name] for name in ("version", "form", "dtype")}
         return facts, (fla_op if case["task"] == "op" else fla_step)(case)

@@ -14,7 +14,7 @@ from retentive.ops import retention, retention_step
 from retentive.ops.chunkwise import default_chunk_size
 from retentive.ops.decay import log_decay
 
-LARGEST_HEAD = 128  # of attention: the largest that its kernels are made for
+LARGEST_HEAD = 128  # dims, the most that attention kernels are made for
 
 
 def prepare_op(case: Case) -> tuple[Answer, Run]:
@@ -43,18 +43,18 @@ def _chunk_size(backend: str, q: Tensor, v: Tensor) -> int:
 
 
 def _attention(case: Case) -> tuple[Answer, Run]:
-    """What a Transformer has in retention's place: as wide as q, keys and values alike."""
+    """Attention of the same width: keys and values are as wide as q."""
     q, k, v = op_inputs({**case, **_heads(case)}, "heads first")
 
     def forward() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    facts = {"version": torch.__version__, "form": _told(case, q, k, causal=True)}
+    facts = {"version": torch.__version__, "form": _form(case, q, k, causal=True)}
     return {**facts, "dtype": case["dtype"]}, op_run(forward, [q, k, v], case["device"])
 
 
 def prepare_step(case: Case) -> tuple[Answer, Run]:
-    """A token more in each of `batch` rows, the state updated in place."""
+    """One more token in each of `batch` rows, the state updated in place."""
     if case.get("attention"):
         return _attention_step(case)
     with torch.no_grad():
@@ -91,20 +91,20 @@ def _attention_step(case: Case) -> tuple[Answer, Run]:
     def step() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
-    facts = {"version": torch.__version__, "form": _told(case, q, k, causal=False)}
+    facts = {"version": torch.__version__, "form": _form(case, q, k, causal=False)}
     return {**facts, "dtype": case["dtype"]}, step_run(step, case["device"])
 
 
 def _heads(case: Case) -> dict[str, int]:
-    """The same width in heads that attention's kernels are fast with."""
+    """The same width in heads of a size at which attention kernels are fast."""
     width = case["heads"] * case["key_dim"]
     K = case["key_dim"] if case["key_dim"] <= LARGEST_HEAD else LARGEST_HEAD
     heads = width // K if width % K == 0 else case["heads"]
     return {"heads": heads, "key_dim": width // heads, "value_dim": width // heads}
 
 
-def _told(case: Case, q: Tensor, k: Tensor, *, causal: bool) -> str:
-    """The form with the heads and with the kernel that SDPA takes for such tensors."""
+def _form(case: Case, q: Tensor, k: Tensor, *, causal: bool) -> str:
+    """The form with the kernel that SDPA takes for such tensors, and the head dim."""
     return f"{case['form']}: {sdpa_kernel_of(q, k, causal=causal)}, head dim {q.shape[-1]}"
 
 

@@ -13,7 +13,7 @@ from retentive import __version__
 from retentive.bench.workers import tasks
 from retentive.bench.workers.along import TIMED, prepare_along
 from retentive.bench.workers.ops import prepare_op, prepare_step, sdpa_kernel_of
-from retentive.bench.workers.serving import Answer, Case, Run, Tell, serve
+from retentive.bench.workers.serving import Answer, Case, Run, Send, serve
 from retentive.decoding.graphs import Step, record
 from retentive.decoding.runner import runner
 from retentive.devices import keep_freed_memory, resolve_dtype
@@ -28,15 +28,15 @@ from retentive.models.language_model import LanguageModel
 from retentive.models.state import ModelState
 from retentive.models.transformer import Transformer
 
-ROOM = 4096  # tokens that may be decoded behind a filled cache
+ROOM = 4096  # more tokens that fit into a filled cache
 
 
 class Ours:
-    """A RetNet or our Transformer, behind the benchmark's calls."""
+    """A model of this package as a benchmark's model (`tasks.Model`)."""
 
     def __init__(self, case: Case):
         self.model = model_of(case)
-        self.runs, self._math = case.get("runner", False), case.get("math", False)
+        self._by_runner, self._math = case.get("runner", False), case.get("math", False)
         self.model.checkpoint_layers = case.get("checkpoint", False)
         config = config_from_dict(case["config"])
         self.grows = self.model.state_grows
@@ -58,7 +58,7 @@ class Ours:
         return self.model.train().parameters()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """As a training run has it: the rows packed, no state, the logits never whole."""
+        """As in a training run: the rows packed, no state, the logits never all at once."""
         rows, length = tokens.shape
         layout = self.model.packed_layout(torch.arange(0, rows * length + 1, length))
         with sdpa_kernel(SDPBackend.MATH) if self._math else nullcontext():
@@ -66,7 +66,7 @@ class Ours:
         return self.model.loss(hidden, targets.view(1, -1))
 
     def read(self, tokens: Tensor) -> Tensor:
-        """As generation reads a prompt: all but the last token, whose logits are wanted."""
+        """As generation reads a prompt: all but the last token, then its logits."""
         *prompt, last = tokens[0].tolist()
         state = self.model.init_state(1, capacity=len(prompt) + 1)
         state = read_tokens(self.model, [prompt], state)
@@ -90,30 +90,32 @@ class Ours:
         return self._recurrent(state.select([0] * batch))
 
     def fresh_decoder(self, batch: int, tokens: int) -> "Decoder":
-        """Decoding from the first token on, with room for `tokens` where room is needed."""
+        """Decodes from the first token on; a cache has room for `tokens`."""
         if self.grows:
             return CacheDecoder.empty(cast(Transformer, self.model), batch, tokens)
         return self._recurrent(self.model.init_state(batch))
 
     def _recurrent(self, state: ModelState) -> "Decoder":
-        return RunnerDecoder(self.model, state) if self.runs else Decoder(self.model, state)
+        return (RunnerDecoder if self._by_runner else Decoder)(self.model, state)
 
 
 class Decoder:
-    """The model's own calls, a token at a time."""
+    """Decodes by the model's own calls, a token at a time."""
 
     def __init__(self, model: LanguageModel, state: ModelState):
-        self.model, self.state, self.rows = model, state, state.batch_size
+        self.model, self.state = model, state
+        self.rows, self.context = state.batch_size, int(state.positions[0])
 
     @property
     def state_bytes(self) -> int:
-        """In use: what a cache has room for beyond its tokens does not count."""
-        return self.rows * state_bytes(self.model.config, dtype=self.model.dtype)
+        """In use, without the room that a cache has for more tokens."""
+        return self.rows * state_bytes(self.model.config, self.context, dtype=self.model.dtype)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         hidden, state = self.model.hidden(tokens[:, None], self.state)
         assert state is not None
         self.state = state
+        self.context += 1
         return self.model.head(hidden[:, -1])
 
     def skip(self, count: int) -> bool:
@@ -124,13 +126,15 @@ class Decoder:
 
 
 class RunnerDecoder(Decoder):
-    """As `retentive generate` decodes: the state is updated where it lies."""
+    """Decodes as `retentive generate` does: the state is updated in place."""
 
     def __init__(self, model: LanguageModel, state: ModelState):
-        self.model, self.rows = model, state.batch_size
-        self._runner = runner(model, state)  # of its own copy of the state
+        self.model = model
+        self.rows, self.context = state.batch_size, int(state.positions[0])
+        self._runner = runner(model, state)  # with its own copy of the state
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        self.context += 1
         return self._runner.step(tokens)
 
     def fork(self) -> Self:
@@ -138,13 +142,13 @@ class RunnerDecoder(Decoder):
 
 
 class CacheDecoder(Decoder):
-    """A Transformer's; its caches can be filled instead of decoded."""
+    """Decodes with a Transformer, whose caches can be filled instead."""
 
     model: Transformer
 
     @classmethod
     def empty(cls, model: Transformer, batch: int, room: int) -> Self:
-        """The room is not touched before it is used: the process holds what the text needs."""
+        """With room that takes no memory before it is used."""
         config = model.config
         head_dim = config.hidden_size // config.mixer.num_heads
         shape = (batch, config.mixer.kv_heads, room, head_dim)
@@ -156,13 +160,8 @@ class CacheDecoder(Decoder):
         return cls(model, ModelState(model.init_state(batch).positions, caches))
 
     @property
-    def state_bytes(self) -> int:
-        context = int(self.state.positions[0])
-        return self.rows * state_bytes(self.model.config, context, dtype=self.model.dtype)
-
-    @property
     def sdpa_kernel(self) -> str:
-        """Of a step; the heads of a group are its queries."""
+        """The kernel of a step, whose queries are the heads of a group."""
         k, _ = cast(KVCache, self.state.layers[0]).kv
         heads = self.model.config.mixer.num_heads
         q = k.new_empty(self.rows, k.shape[1], heads // k.shape[1], k.shape[3])
@@ -170,7 +169,7 @@ class CacheDecoder(Decoder):
 
     @torch.inference_mode()
     def skip(self, count: int) -> bool:
-        """Random keys and values cost what those of a text cost."""
+        """By random keys and values, which cost the same time as real ones."""
         caches = []
         for cache in self.state.layers:
             end = cache.lengths[0] + count
@@ -178,13 +177,14 @@ class CacheDecoder(Decoder):
                 buffer[:, :, cache.lengths[0] : end].normal_()
             caches.append(KVCache.of(cache.buffers.kv, (end,) * len(cache.lengths)))
         self.state = ModelState(self.state.positions + count, caches)
+        self.context += count
         return True
 
 
 class RecordedDecoder(Decoder):
-    """A Transformer's step as a CUDA graph, as fast as its kernels: what ours is on a GPU.
+    """Decodes with a Transformer's step as a CUDA graph, as fast as its kernels: like ours.
 
-    A replay writes over the same token behind the context, which costs what the next one would.
+    A replay overwrites the same token behind the context, which costs the same time as the next.
     """
 
     def __init__(self, decoder: CacheDecoder, record: Callable[[Step], Step]):
@@ -217,7 +217,7 @@ def model_of(case: Case) -> LanguageModel:
 
 
 def training_kernel(model: Transformer, case: Case) -> str:
-    """What SDPA takes in a training step, under autocast where that is asked for."""
+    """The kernel that SDPA takes in a training step, under autocast where the case asks for it."""
     mixer, dtype = model.config.mixer, resolve_dtype(case["dtype"])
     head_dim = model.config.hidden_size // mixer.num_heads
     q, k = (
@@ -228,7 +228,7 @@ def training_kernel(model: Transformer, case: Case) -> str:
 
 
 def read_bytes(model: LanguageModel) -> int:
-    """Of the weights that every token reads: the embedding table only where it is the head."""
+    """Bytes of the weights that every token reads: the embedding table only if it is the head."""
     embedding = model.embed_tokens
     held = (*embedding.parameters(), *embedding.buffers())
     table = 0 if model.lm_head is None else sum(x.nbytes for x in held)
@@ -236,7 +236,7 @@ def read_bytes(model: LanguageModel) -> int:
     return sum(weights.values()) - table
 
 
-def prepare(case: Case, tell: Tell) -> tuple[Answer, Run]:
+def prepare(case: Case, send: Send) -> tuple[Answer, Run]:
     if case["task"] == "op":
         return prepare_op(case)
     if case["task"] == "step":
@@ -246,13 +246,13 @@ def prepare(case: Case, tell: Tell) -> tuple[Answer, Run]:
     ours = Ours(case)
     if case["task"] == "along":
         decoder = ours.fresh_decoder(case["batch"], case["marks"][-1] + TIMED)
-        facts, run = prepare_along(decoder, case, tell)
+        facts, run = prepare_along(decoder, case, send)
         return {**ours.facts, "dtype": case["dtype"], **facts}, run
     return tasks.prepare(ours, case)
 
 
 def allow_any_ptxas() -> None:
-    """Where the benchmark of a GPU asks for it: that the results are right is what it tests."""
+    """Allows every ptxas where `benchmarks/gpu.sh` says so; its tests tell whether one errs."""
     if os.environ.get("RETENTIVE_BENCH_ANY_PTXAS") == "1":
         available.SOUND_PTXAS = (0, 0)
 

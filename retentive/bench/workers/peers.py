@@ -1,6 +1,6 @@
 """Other people's RetNets, in a process of their own; imports nothing else of this package.
 
-q, k `[1,H,T,K]` and v `[1,H,T,V]` are handed over in the layout that each works in.
+q, k are `[1,H,T,K]` and v is `[1,H,T,V]`, or in the layout that a package works in.
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retentive.bench.workers import tasks
-from retentive.bench.workers.serving import Answer, Case, Run, Tell, serve
+from retentive.bench.workers.serving import Answer, Case, Run, Send, serve
 
 # pyright: reportMissingImports=false
 
@@ -22,8 +22,8 @@ from retentive.bench.workers.serving import Answer, Case, Run, Tell, serve
 
 
 def yet_another_retnet_op(case: Case) -> Run:
-    """A chunk a call. Its README slices a chunk at a time, whose backward grows with T²/C; to
-    split the inputs once spares that.
+    """A chunk a call. Its README slices a chunk at a time, whose backward grows with T²/C; inputs
+    that are split once avoid that.
     """
     from yet_another_retnet.retention import retention_chunkwise
 
@@ -46,7 +46,7 @@ def yet_another_retnet_op(case: Case) -> Run:
 
 
 def torchscale_op(case: Case) -> Run:
-    stand_in_for_imports()
+    stub_imports()
     from torchscale.component.multiscale_retention import MultiScaleRetention
 
     q, k, v = tasks.op_inputs(case, "heads first")
@@ -75,7 +75,7 @@ def torchscale_op(case: Case) -> Run:
 
 
 class YetAnotherRetNet:
-    """V is K there; its config has a wider FFN for it, so that parameters are equal."""
+    """It has V = K; the config has a wider FFN, so that parameters are equal."""
 
     def __init__(self, case: Case):
         from yet_another_retnet.retnet import RetNet
@@ -102,7 +102,7 @@ class YetAnotherRetNet:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def read(self, tokens: Tensor) -> object:
-        """To the states; the parallel form has none."""
+        """Up to the states, of which the parallel form has none."""
         return [states for _, states in self._pieces(tokens)][-1]
 
     def _pieces(self, tokens: Tensor) -> Iterable[tuple[Tensor, Any]]:
@@ -132,7 +132,7 @@ class YetAnotherRetNet:
 
 class TorchScale:
     def __init__(self, case: Case):
-        stand_in_for_imports()
+        stub_imports()
         from torchscale.architecture.config import RetNetConfig
         from torchscale.architecture.retnet import RetNetDecoder
 
@@ -160,17 +160,17 @@ class TorchScale:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def read(self, tokens: Tensor) -> object:
-        """Its prefill into a state crashes: the logits are all there is to be had of a prompt."""
+        """Up to the logits: its prefill into a state crashes."""
         return self.model(tokens)
 
     def decoder(self, batch: int, context: int) -> tasks.Step:
-        """The state of 64 tokens really decoded, as large as that of any context."""
+        """From the state of 64 decoded tokens, as large as that of any context."""
         state: dict[Any, Any] = {}
         position = 0
 
         def step(token: Tensor) -> Tensor:
             nonlocal position
-            position += 1  # read off the number of tokens; it looks at the last one only
+            position += 1  # it takes the number of tokens, and computes with the last only
             tokens = token[:, None].expand(-1, position)
             logits, _ = self.model(tokens, incremental_state=state)
             return logits[:, -1]
@@ -195,8 +195,8 @@ def facts(model: torch.nn.Module, case: Case, chunk_size: int | None) -> dict[st
     return {"form": form, "parameters": count, "version": case["version"]}
 
 
-def stand_in_for_imports() -> None:
-    """torchscale imports fairscale and timm for what is not used here: names are enough."""
+def stub_imports() -> None:
+    """Stubs of fairscale and timm, which torchscale imports and does not need here."""
 
     def unused(*_: object) -> None:
         raise NotImplementedError
@@ -218,11 +218,11 @@ OPS = {"yet-another-retnet": yet_another_retnet_op, "torchscale": torchscale_op}
 MODELS = {"yet-another-retnet": YetAnotherRetNet, "torchscale": TorchScale}
 
 
-def prepare(case: Case, tell: Tell) -> tuple[Answer, Run]:
+def prepare(case: Case, send: Send) -> tuple[Answer, Run]:
     if case["task"] == "op":
         run = OPS[case["package"]](case)
-        told = ("version", "form", "dtype", "chunk_size")
-        return {name: case[name] for name in told}, run
+        facts = ("version", "form", "dtype", "chunk_size")
+        return {name: case[name] for name in facts}, run
     return tasks.prepare(MODELS[case["package"]](case), case)
 
 

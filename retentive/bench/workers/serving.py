@@ -1,11 +1,11 @@
-"""A contender's side of the pipe: JSON requests a line on stdin, answers a line on stdout.
+"""A contender's side of the pipe: JSON requests on stdin, answers on stdout, each a line.
 
-    {"prepare": case}    builds what the case needs and runs it once; answers its facts
+    {"prepare": case}    builds all that the case needs and runs it once; answers its facts
     {"run": arguments}   answers {"seconds": [...]} of one or more timed runs
     {"memory": true}     answers bytes: at the process's start, at its peak, resident now
-    {"rest": true}       frees what was prepared
+    {"release": true}    frees what was prepared
 
-An answer may be {"error": reason}; a long preparation says {"progress": n} in between.
+An answer may be {"error": reason}; a long preparation sends {"message": facts} before its answer.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ FLUSH_BYTES = 2**30  # 0.3 ms of an H100
 Case = dict[str, Any]
 Answer = dict[str, Any]
 Run = Callable[..., Answer]
-Tell = Callable[[Answer], None]
-Prepare = Callable[[Case, Tell], tuple[Answer, Run]]
+Send = Callable[[Answer], None]
+Prepare = Callable[[Case, Send], tuple[Answer, Run]]
 
 
 def serve(load: Callable[[], object], prepare: Prepare) -> None:
-    """Answers until stdin ends. `load` imports what the process's start shall hold."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark's own process answers to it
+    """Answers until stdin ends. `load` imports all that counts as the process's start."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark's own process handles it
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the prints of libraries are no answers
 
-    def tell(answer: Answer) -> None:
+    def send(answer: Answer) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
     run: Run | None = None
@@ -55,30 +55,31 @@ def serve(load: Callable[[], object], prepare: Prepare) -> None:
                     load()
                     if not on_gpu:
                         warm_libraries(training=case["task"] == "train")
-                if on_gpu:  # whose memory is tensors only: each case begins anew
+                if on_gpu:  # its memory is that of tensors: each case begins anew
                     forget_peak(case["device"])
                     if case["task"] in ("op", "step"):
-                        flush_buffer(case["device"])  # it is nobody's memory
+                        flush_buffer(case["device"])  # counts as the start, not as the contender's
                 if start is None or on_gpu:
                     start = resident_bytes(case["device"])
-                facts, run = prepare(case, tell)
-                tell(facts)
-            elif "rest" in request:
+                facts, run = prepare(case, send)
+                send(facts)
+            elif "release" in request:
                 run = None
                 forget_peak(case["device"])
-                tell({})
+                send({})
             elif "run" in request:
                 assert run is not None
-                tell(run(**request["run"]))
+                send(run(**request["run"]))
             else:
-                tell({"start": start, **memory(case["device"])})
-        except Exception as error:  # a failing contender is a row of the table
-            tell({"error": reason(error)})
+                send({"start": start, **memory(case["device"])})
+        except Exception as error:  # shown in the contender's row
+            send({"error": reason(error)})
 
 
 def warm_libraries(training: bool) -> None:
-    """torch loads parts of itself at the first custom operator or optimizer, 70 MB that are of
-    nobody's model; transformers makes it do so at once.
+    """Loads the 70 MB of torch that come with the first custom operator or optimizer.
+
+    They are no model's memory, and importing transformers loads them at once.
     """
     import torch._dynamo
 
@@ -90,7 +91,7 @@ def warm_libraries(training: bool) -> None:
 
 
 def reason(error: Exception) -> str:
-    """One line; the many words for a lack of memory are one."""
+    """One line; the many messages for a lack of memory begin alike."""
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in lines[0]:
         return f"out of memory: {lines[0]}"
@@ -101,7 +102,7 @@ def reason(error: Exception) -> str:
 
 @functools.cache
 def flush_buffer(device: str) -> torch.Tensor:
-    """What is written over to empty a GPU's L2 cache."""
+    """A buffer to overwrite, which empties a GPU's L2 cache."""
     return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
 
@@ -112,7 +113,7 @@ def memory(device: str) -> dict[str, int]:
 def resident_bytes(device: str) -> int:
     """Memory of this process that is in RAM, or of its tensors on a GPU.
 
-    Where the system does not say, the most there has been in RAM so far.
+    Where the system does not say, the most that has been in RAM so far.
     """
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated(device)
@@ -136,10 +137,10 @@ def peak_bytes(device: str) -> int:
 
 
 def forget_peak(device: str) -> None:
-    """From here on the peak counts anew, where the system allows it; freed memory is given back."""
+    """Resets the peak, where the system allows it, after giving freed memory back."""
     gc.collect()
     if device.startswith("cuda"):
-        torch.cuda.init()  # of a process that has not used it yet it has no peak
+        torch.cuda.init()  # a process that has not used it yet has no peak
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -1,4 +1,4 @@
-"""What is timed of a language model, whoever wrote it: a training step, a prompt, a token.
+"""The timed tasks, for language models and ops of whatever package: a step, a prompt, a token.
 
 Shapes: B rows, T tokens; tokens `[B,T]`, logits `[B,vocab]`.
 """
@@ -15,38 +15,38 @@ from torch import Tensor
 from retentive.bench.workers.serving import Answer, Case, Run, flush_buffer, forget_peak
 
 Step = Callable[[Tensor], Tensor]
-"""Reads a token of each row `[B]`, goes on to the logits of the next, `[B,vocab]`."""
+"""Reads a token of each row `[B]` and gives the logits of the next, `[B,vocab]`."""
 
 
 class Model(Protocol):
-    """A contender's model. A method is called only for the task that needs it."""
+    """A contender's model. Only the methods of the task at hand are called."""
 
     facts: dict[str, Any]
     """version, parameters, form"""
 
     def parameters(self) -> Iterable[Tensor]: ...
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross entropy of `[B,T]`, to be differentiated."""
+        """The mean cross entropy of `[B,T]`, for `backward`."""
         ...
 
     def read(self, tokens: Tensor) -> object:
-        """Reads a prompt `[1,T]`, to the state that decoding would go on from."""
+        """Reads a prompt `[1,T]`, up to the state from which decoding goes on."""
         ...
 
     def decoder(self, batch: int, context: int) -> Step:
-        """Decoding behind `context` tokens of each row."""
+        """Decodes behind `context` tokens of each row."""
         ...
 
 
 def prepare(model: Model, case: Case) -> tuple[Answer, Run]:
-    """The model's facts, and the run of `case["task"]`, warmed up."""
+    """The model's facts, and the run of `case["task"]`, which has been run once."""
     run = {"train": train, "prefill": prefill, "decode": decode}[case["task"]](model, case)
     run()
     return {**model.facts, "dtype": case["dtype"]}, run
 
 
 def clock(device: str) -> float:
-    """Now, with all that was asked of the device done."""
+    """The time at which all work of the device is done."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     elif device == "mps":
@@ -54,36 +54,38 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-class Marks:
-    """Moments of a run. On a GPU they are events in its queue, so that Python's time between two
-    launches counts only where the GPU had to wait for it.
+class Stopwatch:
+    """Times of laps, from its making on.
+
+    On a GPU by events in its queue: Python's time between two launches counts only where the GPU
+    had to wait for it.
     """
 
     def __init__(self, device: str):
-        self._device, self._at = device, []
-        self._events = device.startswith("cuda")
+        self._device, self._moments = device, []
+        self._on_gpu = device.startswith("cuda")
+        self.lap()
 
-    def mark(self) -> None:
-        if not self._events:
-            self._at.append(clock(self._device))
+    def lap(self) -> None:
+        if not self._on_gpu:
+            self._moments.append(clock(self._device))
             return
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        self._at.append(event)
+        self._moments.append(event)
 
     def seconds(self) -> list[float]:
-        """From each mark to the next."""
-        if not self._events:
-            return [end - begin for begin, end in pairwise(self._at)]
+        """Of each lap."""
+        if not self._on_gpu:
+            return [end - begin for begin, end in pairwise(self._moments)]
         torch.cuda.synchronize()
-        return [begin.elapsed_time(end) / 1000 for begin, end in pairwise(self._at)]
+        return [begin.elapsed_time(end) / 1000 for begin, end in pairwise(self._moments)]
 
 
 def empty_caches(device: str) -> None:
-    """Writes over the GPU's L2 cache, which else would hold what the run before left there.
+    """Overwrites the GPU's L2 cache, which else would hold data of the run before.
 
-    It takes the GPU longer than Python needs for the next launches: those are timed as they run
-    one behind the other.
+    It takes the GPU longer than Python needs for the next launches, so that these run back to back.
     """
     if device.startswith("cuda"):
         flush_buffer(device).zero_()
@@ -106,11 +108,11 @@ def train(model: Model, case: Case) -> Run:
     optimizer = None
     if case.get("update", True):
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    low = case["dtype"] == "bfloat16"
+    mixed = case["dtype"] == "bfloat16"
 
     def run() -> Answer:
         began = clock(device)
-        with torch.autocast(device.partition(":")[0], torch.bfloat16) if low else nullcontext():
+        with torch.autocast(device.partition(":")[0], torch.bfloat16) if mixed else nullcontext():
             loss = model.loss(inputs, targets)
         loss.backward()
         if optimizer is not None:
@@ -135,23 +137,22 @@ def prefill(model: Model, case: Case) -> Run:
 
 
 def decode(model: Model, case: Case) -> Run:
-    """Greedy: the next token is chosen from the logits, as every decoding does at least."""
+    """Greedy: the next token is the likeliest, the least that decoding has to compute."""
     device, token = case["device"], random_tokens(case, case["batch"], 1)[:, 0]
     with torch.inference_mode():
         step = model.decoder(case["batch"], case["context"])
-    forget_peak(device)  # the memory of decoding; that of reading the context is prefill's
+    forget_peak(device)  # of reading the context, which `prefill` measures
 
     @torch.inference_mode()
     def run(seconds: float = 0.0, most: int = 32) -> Answer:
-        """Tokens of each row for as long as `seconds`, at least three."""
+        """Tokens for as long as `seconds`, at least three and at most `most`."""
         nonlocal token
-        began, marks, count = clock(device), Marks(device), 0
-        marks.mark()
+        began, watch, count = clock(device), Stopwatch(device), 0
         while count < 3 or (time.perf_counter() - began < seconds and count < most):
             token = step(token).argmax(-1)
-            marks.mark()
+            watch.lap()
             count += 1
-        return {"seconds": marks.seconds()}
+        return {"seconds": watch.seconds()}
 
     return run
 
@@ -173,16 +174,15 @@ def op_run(forward: Callable[[], Tensor], leaves: list[Tensor], device: str) -> 
         for leaf in leaves:
             leaf.grad = None
         empty_caches(device)
-        marks = Marks(device)
-        marks.mark()
+        watch = Stopwatch(device)
         o = forward()
-        marks.mark()
+        watch.lap()
         o.backward(gradient)
-        marks.mark()
-        return marks.seconds()
+        watch.lap()
+        return watch.seconds()
 
     def run(times: int = 1, seconds: float = float("inf")) -> Answer:
-        """Once, and again for as long as `seconds`, `times` at most."""
+        """At least once, for as long as `seconds`, at most `times`."""
         parts = [once()]
         while len(parts) < times and sum(map(sum, parts)) < seconds:
             parts.append(once())
@@ -198,11 +198,10 @@ def step_run(step: Callable[[], object], device: str) -> Run:
     @torch.inference_mode()
     def once() -> float:
         empty_caches(device)
-        marks = Marks(device)
-        marks.mark()
+        watch = Stopwatch(device)
         step()
-        marks.mark()
-        return marks.seconds()[0]
+        watch.lap()
+        return watch.seconds()[0]
 
     def run(times: int = 20) -> Answer:
         return {"seconds": [once() for _ in range(times)]}

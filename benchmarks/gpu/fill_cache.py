@@ -1,8 +1,8 @@
-"""Compiles kernels by running them once, small, so that others find them in Triton's cache on disk.
+"""Compiles kernels by running them once, so that other processes find them in Triton's cache.
 
-python -m retentive.bench.workers.compile ours DTYPE N     the N-th tile sizes of our kernels
-python -m retentive.bench.workers.compile fla K V          flash-linear-attention's op
-python -m retentive.bench.workers.compile fla-model D K    its RetNet, one layer of width D
+python benchmarks/gpu/fill_cache.py ours DTYPE N     the N-th tile sizes of our kernels
+python benchmarks/gpu/fill_cache.py fla K V          flash-linear-attention's op
+python benchmarks/gpu/fill_cache.py fla-model D K    its RetNet, one layer of width D
 """
 
 import sys
@@ -17,11 +17,11 @@ from retentive.ops.decay import log_decay
 DIMS = ((256, 512), (128, 256), (64, 128))
 TOKENS = 512
 FEW, MANY = 1, 64
-"""Rows: too few to fill the GPU, where chunks are worked apart, and enough for whole sequences."""
+"""Rows: too few to fill the GPU, where chunks run in parallel; and enough for whole sequences."""
 
 
 def ours(dtype: str, number: str) -> None:
-    """Of each kernel the configuration of that number; none where it has fewer."""
+    """The configuration of that number of each kernel, the first where it has fewer."""
     from retentive.kernels.triton import configs
 
     allow_any_ptxas()

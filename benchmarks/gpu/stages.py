@@ -1,7 +1,7 @@
-"""What a stage of `benchmarks/gpu.sh` does: `python -m retentive.bench.gpu_stages STAGE FOLDER`.
+"""A stage of `benchmarks/gpu.sh`: python benchmarks/gpu/stages.py STAGE FOLDER [--smoke]
 
 A benchmark writes its result to FOLDER/STAGE.json as it goes; tests write logs, a line a test.
-`--smoke` takes toy sizes on the CPU, with the same code.
+`--smoke` runs the same code at toy sizes on the CPU.
 """
 
 import importlib.metadata
@@ -13,16 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-TEST_PROCESSES = 6  # of the tests at once: each compiles and times tiles of its own
+HERE = Path(__file__).parent
+TEST_PROCESSES = 6  # each compiles and times tiles of its own
 DTYPES = {"bfloat16": 8, "float16": 8, "float32": 2}
-"""Of our kernels, with the most tile sizes that one has (`kernels.triton.configs`)."""
+"""Of our kernels, with the largest number of their tile sizes (`kernels.triton.configs`)."""
 TESTS = "tests/gpu"
 
 
 def compile_kernels(folder: Path, smoke: bool) -> None:
-    """Fills Triton's cache on disk for the stages after it, a process for each part of the kernels.
+    """Fills Triton's cache on disk for the stages after it, with many processes at once.
 
-    One after the other they would take minutes: every stage would spend its time on them.
+    One after the other the kernels would take minutes of every stage.
     """
     work = [] if smoke else compile_work()
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 4) - 2)) as pool:
@@ -30,7 +31,7 @@ def compile_kernels(folder: Path, smoke: bool) -> None:
 
 
 def compile_work() -> list[list[str]]:
-    """The arguments of `workers.compile`, the longest first."""
+    """The arguments of `fill_cache.py`, the longest first."""
     ours = [["ours", dtype, str(n)] for dtype, count in DTYPES.items() for n in range(count)]
     peers = [["fla", K, V] for K, V in (("256", "512"), ("128", "256"), ("64", "128"))]
     peers.append(["fla-model", "2048", "256"])
@@ -45,21 +46,20 @@ def _has_fla() -> bool:
 
 
 def _compile(arguments: list[str]) -> None:
-    module = [sys.executable, "-m", "retentive.bench.workers.compile"]
-    done = subprocess.run([*module, *arguments], capture_output=True, text=True)
-    last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+    command = [sys.executable, str(HERE / "fill_cache.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = (done.stderr.strip().splitlines() or ["without a message"])[-1]
     print(*arguments, "compiled" if done.returncode == 0 else f"failed: {last}", flush=True)
 
 
 def run_tests(folder: Path, smoke: bool) -> None:
-    """All tests marked gpu, shared out among processes; each logs to FOLDER/tests-N.log."""
+    """All tests marked gpu, split among processes; each logs to FOLDER/tests-N.log."""
     for needed in ("pytest", "hypothesis"):
         if find_spec(needed) is None:
             raise SystemExit(f"{needed} is not installed: the tests do not run")
-    # The machine's other plugins, and what its versions warn of, are no concern of these tests.
+    # Other plugins of the machine, and warnings of its versions, must not fail these tests
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    module = "retentive.bench.workers.tests"
-    pytest = [sys.executable, "-m", module, "-m", "gpu", "-W", "default"]
+    pytest = [sys.executable, str(HERE / "run_tests.py"), "-m", "gpu", "-W", "default"]
     listed = subprocess.run(
         [*pytest, "--collect-only", "-q", TESTS], capture_output=True, text=True
     )
@@ -69,57 +69,57 @@ def run_tests(folder: Path, smoke: bool) -> None:
     (folder / "tests.txt").write_text("\n".join(names))
     count = 1 if smoke else TEST_PROCESSES
     running = []
-    for number, share in enumerate(shares(names, count)):
+    for number, part in enumerate(split(names, count)):
         log = (folder / f"tests-{number}.log").open("w")
-        running.append(subprocess.Popen([*pytest, "-v", *share], stdout=log, stderr=log))
+        running.append(subprocess.Popen([*pytest, "-v", *part], stdout=log, stderr=log))
     codes = [process.wait() for process in running]
     if any(codes):
         raise SystemExit(f"pytest ended with {max(codes)}")
 
 
-def shares(names: Sequence[str], count: int) -> list[list[str]]:
-    """Neighbours differ in length and dtype, so each share gets about as much of either."""
+def split(names: Sequence[str], count: int) -> list[list[str]]:
+    """At most `count` parts. Neighbours differ in length and dtype, so the parts take as long."""
     return [list(names[n::count]) for n in range(min(count, len(names)))]
 
 
 def op(folder: Path, smoke: bool) -> None:
-    from retentive.bench.op import OpBenchmark, measured
+    from retentive.bench.op import OpBenchmark, measure
 
     out = folder / "op.json"
     if not smoke:
-        measured(OpBenchmark(device="cuda", rounds=3, out=out))
+        measure(OpBenchmark(device="cuda", rounds=3, out=out))
         return
     names = "retnet,attention,retnet-triton"
     sizes = {"heads": 1, "key_dim": (16, 8), "lengths": (64,), "tokens": 128}
     toy = OpBenchmark(device="cpu", rounds=1, contenders=names, step=True, out=out, **sizes)
-    measured(toy)
+    measure(toy)
 
 
 def train(folder: Path, smoke: bool) -> None:
-    from retentive.bench.train import TrainBenchmark, measured
+    from retentive.bench.train import TrainBenchmark, measure
 
     out = folder / "train.json"
     if smoke:
         names = "retnet,transformer"
-        measured(
+        measure(
             TrainBenchmark(
                 device="cpu", rounds=1, contenders=names, model="demo", steps=("1x64",), out=out
             )
         )
     else:
-        measured(TrainBenchmark(device="cuda", rounds=3, model="1.3b", out=out))
+        measure(TrainBenchmark(device="cuda", rounds=3, model="1.3b", out=out))
 
 
 def train_layers(folder: Path, smoke: bool) -> None:
-    from retentive.bench.train import TrainBenchmark, measured
+    from retentive.bench.train import TrainBenchmark, measure
 
     out = folder / "train-6.7b.json"
     if smoke:
         toy = {"model": "demo", "steps": ("1x64",), "layers": 2, "contenders": "retnet"}
-        measured(TrainBenchmark(device="cpu", rounds=1, update=False, out=out, **toy))
+        measure(TrainBenchmark(device="cpu", rounds=1, update=False, out=out, **toy))
     else:
-        how = {"model": "6.7b", "layers": 4, "update": False}
-        measured(TrainBenchmark(device="cuda", rounds=3, out=out, **how))
+        model = {"model": "6.7b", "layers": 4, "update": False}
+        measure(TrainBenchmark(device="cuda", rounds=3, out=out, **model))
 
 
 def decode(folder: Path, smoke: bool) -> None:
@@ -131,14 +131,14 @@ def decode_large(folder: Path, smoke: bool) -> None:
 
 
 def _decode(size: str, out: Path, smoke: bool) -> None:
-    from retentive.bench.decode import DecodeBenchmark, measured
+    from retentive.bench.decode import DecodeBenchmark, measure
 
     if smoke:
         names = "retnet,transformer,transformer-gqa8"
         toy = {"model": ("demo",), "batches": (1,), "contexts": (64,), "tokens": 0}
-        measured(DecodeBenchmark(device="cpu", rounds=1, contenders=names, out=out, **toy))
+        measure(DecodeBenchmark(device="cpu", rounds=1, contenders=names, out=out, **toy))
     else:
-        measured(DecodeBenchmark(device="cuda", rounds=3, model=(size,), out=out))
+        measure(DecodeBenchmark(device="cuda", rounds=3, model=(size,), out=out))
 
 
 STAGES: dict[str, Callable[[Path, bool], None]] = {

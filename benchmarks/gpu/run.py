@@ -1,9 +1,9 @@
 """`benchmarks/gpu.sh`: everything that needs a GPU, stage by stage, within a budget of seconds.
 
-Each stage is a process with a time limit of its own (`gpu_stages`): one that hangs, dies or finds a
-package missing costs the others nothing. What a stage has measured is on disk as it goes, and the
-report (`gpu_report`) is written anew after each. This module needs nothing but Python, so that the
-plan can be seen anywhere.
+Each stage is a process with a time limit of its own (`stages.py`): one that hangs, dies or finds a
+package missing costs the others nothing. Each writes its measurements to disk as they come, and the
+report (`report.py`) is written anew after each. This file needs nothing but Python, so that it can
+show the plan anywhere.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-BUDGET = 510.0  # of the 540 seconds, for what starting and stopping takes
-LAST_WORDS = 12  # lines of a stage that failed
+HERE = Path(__file__).parent
+BUDGET = 510.0  # of 540 seconds; the rest is for starting and stopping
+LOG_LINES = 12  # of a failed stage, shown in the report
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Stage:
     name: str
     title: str
     share: float
-    """Its part of the time; what a stage leaves over goes to those after it."""
+    """Of the time, against the others'; a stage leaves the rest of it to those after it."""
 
 
 STAGES = (  # the most important first
@@ -44,18 +45,16 @@ STAGES = (  # the most important first
 
 
 @dataclass
-class Ran:
-    """How a stage went."""
-
+class StageRun:
     name: str
     title: str
-    state: str = "not begun"
+    state: str = "not started"
     seconds: float = 0.0
     limit: float = 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parsed(argv)
+    options = parse(argv)
     stages = [stage for stage in STAGES if stage.name in (options.only or [stage.name])]
     for line in missing(options.peers):
         print(line)
@@ -64,18 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        ran = run(stages, Path(scratch), options)
+        runs = run(stages, Path(scratch), options)
     print(f"written: {options.out / 'gpu.json'}, {options.out / 'gpu.md'}")
-    return 0 if all(one.state == "done" for one in ran) else 1
+    return 0 if all(one.state == "done" for one in runs) else 1
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT", "gpu-results")),
+        help="folder of gpu.json and gpu.md",
+    )
     parser.add_argument("--peers", type=Path, help="unpacked wheels: flash-linear-attention, ptxas")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of all stages")
     parser.add_argument("--only", type=_names, help="stages, with commas between")
-    parser.add_argument("--plan", action="store_true", help="print the stages and leave")
+    parser.add_argument("--plan", action="store_true", help="print the stages and exit")
     parser.add_argument("--smoke", action="store_true", help="all stages on the CPU, at toy sizes")
     options = parser.parse_args(argv)
     if options.peers is not None and not options.peers.is_dir():
@@ -93,33 +97,34 @@ def _names(given: str) -> list[str]:
 
 
 def missing(peers: Path | None) -> list[str]:
-    """What cannot be measured here, and why."""
+    """A line for each package that is not there, with the consequence."""
     path = [] if peers is None else [str(peers)]
     found = {name: find_spec(name) is not None for name in ("triton", "pytest", "hypothesis")}
     found["fla"] = any((Path(folder) / "fla").is_dir() for folder in [*path, *sys.path])
-    cost = {
+    consequence = {
         "triton": "our kernels do not run",
         "pytest": "the tests of `pytest -m gpu` do not run",
         "hypothesis": "the tests of `pytest -m gpu` do not run",
         "fla": "the rows of flash-linear-attention are missing (--peers DIR)",
     }
-    return [f"missing: {name}: {cost[name]}" for name, there in found.items() if not there]
+    return [f"missing: {name}: {consequence[name]}" for name, there in found.items() if not there]
 
 
 def plan(stages: Sequence[Stage], budget: float) -> str:
-    whole = sum(stage.share for stage in stages)
+    total = sum(stage.share for stage in stages)
     lines = [
-        f"{stage.name:12} {budget * stage.share / whole:4.0f} s  {stage.title}" for stage in stages
+        f"{stage.name:12} {budget * stage.share / total:4.0f} s  {stage.title}" for stage in stages
     ]
-    return "\n".join([f"{budget:.0f} seconds, each stage at most (and what others leave):", *lines])
+    heading = f"{budget:.0f} seconds; each stage has at most, and the time that others leave:"
+    return "\n".join([heading, *lines])
 
 
-def run(stages: Sequence[Stage], scratch: Path, options: argparse.Namespace) -> list[Ran]:
-    ran = [Ran(stage.name, stage.title) for stage in stages]
-    environment = prepared(scratch, options.peers)
+def run(stages: Sequence[Stage], scratch: Path, options: argparse.Namespace) -> list[StageRun]:
+    runs = [StageRun(stage.name, stage.title) for stage in stages]
+    environment = stage_environment(scratch, options.peers)
     deadline = time.monotonic() + options.budget
     writing = None
-    for number, (stage, one) in enumerate(zip(stages, ran, strict=True)):
+    for number, (stage, one) in enumerate(zip(stages, runs, strict=True)):
         later = sum(other.share for other in stages[number:])
         one.limit = (deadline - time.monotonic()) * stage.share / later
         print(f"{stage.name}: {stage.title}, at most {one.limit:.0f} s", flush=True)
@@ -129,14 +134,14 @@ def run(stages: Sequence[Stage], scratch: Path, options: argparse.Namespace) -> 
         print(f"{stage.name}: {one.state.splitlines()[0]}, {one.seconds:.0f} s", flush=True)
         if writing is not None:
             writing.wait()
-        writing = write_report(ran, scratch, options, environment)
+        writing = write_report(runs, scratch, options, environment)
     if writing is not None:
         writing.wait()
-    return ran
+    return runs
 
 
-def prepared(scratch: Path, peers: Path | None) -> dict[str, str]:
-    """The environment of the stages: the peers importable, a ptxas that came with them in use."""
+def stage_environment(scratch: Path, peers: Path | None) -> dict[str, str]:
+    """Variables of the stages: the peers can be imported, and a ptxas among them is used."""
     environment = {**os.environ, "RETENTIVE_BENCH_ANY_PTXAS": "1"}
     if peers is None:
         return environment
@@ -146,7 +151,7 @@ def prepared(scratch: Path, peers: Path | None) -> dict[str, str]:
     if found is not None and "TRITON_PTXAS_PATH" not in environment:
         ptxas = scratch / "ptxas"
         shutil.copy(found, ptxas)
-        ptxas.chmod(0o755)  # what unpacked it may have dropped that
+        ptxas.chmod(0o755)  # unpacking may have lost that
         environment["TRITON_PTXAS_PATH"] = str(ptxas)
     return environment
 
@@ -154,8 +159,8 @@ def prepared(scratch: Path, peers: Path | None) -> dict[str, str]:
 def run_stage(
     name: str, scratch: Path, limit: float, environment: dict[str, str], smoke: bool
 ) -> str:
-    """ "done", or what stopped it. The stage writes `NAME.json` as it goes."""
-    command = [sys.executable, "-m", "retentive.bench.gpu_stages", name, str(scratch)]
+    """ "done", or the reason why it ended early, with the end of its log."""
+    command = [sys.executable, str(HERE / "stages.py"), name, str(scratch)]
     with (scratch / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
             [*command, *(["--smoke"] if smoke else [])],
@@ -168,7 +173,7 @@ def run_stage(
             code = process.wait(timeout=max(1.0, limit))
         except subprocess.TimeoutExpired:
             code = None
-        finally:  # also contenders' processes that it has left
+        finally:  # with the contenders' processes, should some be left
             try:
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -176,22 +181,25 @@ def run_stage(
             process.wait()
     if code == 0:
         return "done"
-    said = (scratch / f"{name}.log").read_text(errors="replace").splitlines()[-LAST_WORDS:]
-    what = f"stopped after {limit:.0f} s" if code is None else f"failed with code {code}"
-    return "\n".join([what, *said])
+    lines = (scratch / f"{name}.log").read_text(errors="replace").splitlines()[-LOG_LINES:]
+    reason = f"stopped after {limit:.0f} s" if code is None else f"failed with code {code}"
+    return "\n".join([reason, *lines])
 
 
 def write_report(
-    ran: Sequence[Ran], scratch: Path, options: argparse.Namespace, environment: dict[str, str]
+    runs: Sequence[StageRun],
+    scratch: Path,
+    options: argparse.Namespace,
+    environment: dict[str, str],
 ) -> "subprocess.Popen[bytes]":
-    """In a process of its own, beside the next stage: to import torch takes it seconds."""
-    told = {
-        "stages": [asdict(one) for one in ran],
+    """In a process beside the next stage, since it takes seconds to import torch."""
+    summary = {
+        "stages": [asdict(one) for one in runs],
         "missing": missing(options.peers),
         "smoke": options.smoke,
     }
-    (scratch / "ran.json").write_text(json.dumps(told))
-    command = [sys.executable, "-m", "retentive.bench.gpu_report", str(scratch), str(options.out)]
+    (scratch / "summary.json").write_text(json.dumps(summary))
+    command = [sys.executable, str(HERE / "report.py"), str(scratch), str(options.out)]
     return subprocess.Popen(command, env=environment)
 
 

@@ -1,4 +1,4 @@
-"""pytest, with our kernels on any ptxas: whether an old one gets them wrong is what tests tell."""
+"""pytest that runs our kernels on any ptxas: the tests tell whether an old one gets them wrong."""
 
 import sys
 
