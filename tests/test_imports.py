@@ -83,30 +83,31 @@ def test_the_rooms_have_no_circle():
         order += free
 
 
-def imported_modules(module: Path) -> set[str]:
-    """The modules of `retentive` that a file imports, for types only or not, dotted."""
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py"
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of `retentive` that a file imports, for types only or not."""
     found = set()
-    for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("retentive"):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & MODULES.keys()) or {node.module}
+    return found & MODULES.keys()
 
 
 def test_no_module_imports_itself_in_a_circle():
     """Neither at run time nor for types only: what two modules both need is a third one."""
-    names = {
-        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
-            ".__init__"
-        ): path
-        for path in PACKAGE.rglob("*.py")
-        if path.name != "__init__.py" or path.parent != PACKAGE
-    }
-    left = {name: imported_modules(path) & names.keys() - {name} for name, path in names.items()}
+    left = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
     while left:
-        free = {name for name, needed in left.items() if not needed & left.keys()}
-        free |= left.keys() - set().union(*left.values())
+        needed = set().union(*left.values())
+        free = {name for name in left if not left[name] & left.keys() or name not in needed}
         assert free, f"a circle among {sorted(left)}"
-        left = {name: needed for name, needed in left.items() if name not in free}
+        left = {name: others for name, others in left.items() if name not in free}
 
 
 KINDS = (
