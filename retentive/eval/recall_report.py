@@ -153,5 +153,5 @@ class Report:
                 )
                 axes.axhline(self.chances[probe], color=color, linestyle="--", linewidth=1)
             by_distance([axes], "tokens between", self.config)
-            axes.set(ylabel="right among the candidates (dashed: chance)", ylim=(-0.03, 1.03))
+            axes.set(ylabel="right answers (dashed: chance)", ylim=(-0.03, 1.03))
             axes.legend()
