@@ -31,7 +31,6 @@ def decay_matrices(
             axes.grid(False)
         panels[0].set_ylabel("token n")
         drawn.colorbar(picture, ax=panels, label="γⁿ⁻ᵐ", pad=0.01, shrink=0.75)
-        drawn.get_layout_engine().set(wspace=0.06)
 
 
 def half_lives(heads: int = 8) -> None:

@@ -248,4 +248,4 @@ def _draw_sweep(axes: "Axes", summaries: list[Summary]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
-    axes.set(xlabel="learning rate (first seed)", ylabel="validation loss")
+    axes.set(xlabel="learning rate (first seed; markers as left)", ylabel="validation loss")

@@ -140,5 +140,5 @@ def along_sequence(along: dict[str, Any], stem: Path) -> None:
         for axes, (heading, unit, values) in zip(drawn.subplots(1, 2), shown, strict=True):
             axes.plot(positions, values, "o-")
             axes.set(xlabel="tokens read", ylabel=unit, ylim=(0, 1.3 * max(values)))
-            by_doublings(axes, positions[:: -max(1, len(positions) // 4)])
+            by_doublings(axes, [2**n for n in range(7, positions[-1].bit_length())][::2])
             axes.set_title(heading)

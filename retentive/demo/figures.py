@@ -11,6 +11,7 @@ from retentive.reports.figures import BLUE, GUIDE, MARKERS, ORANGE, figure, labe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+WIDE = (8.4, 4.0)  # with room for labels at the right
 _COLORS = {"RetNet": BLUE, "Transformer": ORANGE}
 
 
@@ -37,7 +38,7 @@ def learning_curve(
         axes.plot(end, held_out, "*", color=BLUE, markersize=14, label=name)
         axes.axhline(xz, color=GUIDE, linestyle="--", label=f"xz -9 on all of them: {xz:.2f}")
         axes.set(xlabel="training tokens read, millions", ylabel="bits per byte", ylim=(0, None))
-        axes.legend(loc="lower left")
+        axes.legend(loc="upper right")
 
 
 def _means(points: Points, count: int) -> tuple[list[float], list[float]]:
@@ -49,10 +50,10 @@ def _means(points: Points, count: int) -> tuple[list[float], list[float]]:
 
 def time_per_token(marks: Mapping[str, Sequence[Mark]], stem: Path) -> None:
     times = {name: [1000 * mark.seconds for mark in along] for name, along in marks.items()}
-    with figure(stem, "Time of the next token") as drawn:
+    with figure(stem, "Time of the next token", WIDE) as drawn:
         axes = drawn.subplots()
         axes.set(ylabel="ms a token", ylim=(0, 1.05 * max(map(max, times.values()))))
-        _lines(axes, marks, times, "ms")
+        _lines(axes, marks, times, "{:.1f} ms")
 
 
 def memory(marks: Mapping[str, Sequence[Mark]], stem: Path) -> None:
@@ -61,12 +62,12 @@ def memory(marks: Mapping[str, Sequence[Mark]], stem: Path) -> None:
         name: [(mark.resident - along[0].resident) / 2**20 for mark in along]
         for name, along in marks.items()
     }
-    with figure(stem, "Memory that decoding adds") as drawn:
+    with figure(stem, "Memory that decoding adds", WIDE) as drawn:
         axes = drawn.subplots()
         most = max(10, *map(max, grown.values()))
         least = min(0, *map(min, grown.values()))
-        axes.set(ylabel="MiB above the start", ylim=(least - 0.03 * most, 1.05 * most))
-        _lines(axes, marks, grown, "MiB")
+        axes.set(ylabel="MiB above the start", ylim=(least - 0.05 * most, 1.05 * most))
+        _lines(axes, marks, grown, "{:,.0f} MiB")
 
 
 def _lines(
@@ -75,7 +76,7 @@ def _lines(
     values: Mapping[str, Sequence[float]],
     unit: str,
 ) -> None:
-    """A line a contender over the positions, its name and last value at its end."""
+    """A line a contender over the positions, its name and last value in a `unit` at its end."""
     for number, (name, y) in enumerate(values.items()):
         axes.plot(
             [mark.position for mark in marks[name]],
@@ -83,8 +84,9 @@ def _lines(
             color=_COLORS[name],
             marker=MARKERS[number],
             markersize=4,
-            label=f"{name}\n{y[-1]:.{0 if unit == 'MiB' else 1}f} {unit}",
+            label=f"{name}: {unit.format(max(0.0, y[-1]))}",
         )
     axes.set_xlabel("tokens read before")
+    axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     label_ends(axes)

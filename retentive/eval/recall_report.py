@@ -151,5 +151,5 @@ class Report:
                 )
                 axes.axhline(self.chances[probe], color=color, linestyle="--", linewidth=1)
             by_distance([axes], "tokens between", self.half_lives)
-            axes.set(ylabel="right among the candidates (dashed: chance)", ylim=(-0.03, 1.03))
+            axes.set(ylabel="right answers (dashed: chance)", ylim=(-0.03, 1.03))
             axes.legend()

@@ -34,6 +34,8 @@ STYLE: dict[str, Any] = {
     "font.size": 12,
     "figure.titlesize": 14,
     "figure.titleweight": "bold",
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.wspace": 0.05,  # between a panel and the next one's labels
     "axes.titlesize": 13,
     "axes.titlelocation": "left",
     "legend.fontsize": 12,
@@ -125,9 +127,7 @@ def label_ends(axes: "Axes") -> None:
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     ends: list[Any] = [line.get_xydata()[-1] for line in lines]  # pyright: ignore[reportIndexIssue]
     heights = [axes.transData.transform(end)[1] * 72 / drawn.dpi for end in ends]  # in points
-    rows = max(str(line.get_label()).count("\n") + 1 for line in lines)
-    places = _spread(heights, 1.25 * rows * STYLE["font.size"])
-    for line, end, height, place in zip(lines, ends, heights, places, strict=True):
+    for line, end, height, place in zip(lines, ends, heights, _spread(heights), strict=True):
         axes.annotate(
             str(line.get_label()),
             end,
@@ -138,7 +138,7 @@ def label_ends(axes: "Axes") -> None:
         )
 
 
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
+def _spread(heights: Sequence[float], gap: float = 1.25 * STYLE["font.size"]) -> list[float]:
     """Heights near these, in the same order, of which no two are closer than `gap`."""
     order, places = sorted(range(len(heights)), key=lambda n: heights[n]), list(heights)
     for _ in range(100):  # neighbours that touch push each other away, until all have room
