@@ -11,7 +11,7 @@ Shapes: T tokens of a document, B rows, W tokens of a window.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import tyro
@@ -22,10 +22,11 @@ from retentive.data.tokenizer import encode, token_bytes
 from retentive.errors import InputError
 from retentive.eval.curves import BLOCK
 from retentive.eval.options import Options, check_least, open_model, open_results
-from retentive.eval.perplexity_report import Measured, Report
+from retentive.eval.perplexity_report import Measured, Reading, Report
 from retentive.eval.progress import Display
 from retentive.eval.results import Results
 from retentive.eval.scores import log_likelihoods
+from retentive.models.counts import half_lives
 from retentive.models.language_model import LanguageModel
 
 SEGMENT = 2048  # tokens of a whole document read at once
@@ -90,7 +91,7 @@ class PerplexityOptions(Options):
         if not number:
             raise InputError(f"there is no text in {', '.join(self.texts)}; give one that has some")
 
-    def readings(self, model: LanguageModel) -> list["Reading"]:
+    def readings(self, model: LanguageModel) -> list[Reading]:
         whole = [] if model.state_grows else [Reading()]
         windows = [Reading(w, self.stride or max(1, w // 2)) for w in dict.fromkeys(self.windows)]
         if not whole and not windows:
@@ -100,24 +101,15 @@ class PerplexityOptions(Options):
         return whole + windows
 
 
-class Reading(NamedTuple):
-    """How a document is read: in rows of `window` tokens `stride` apart, or whole."""
-
-    window: int | None = None
-    stride: int | None = None
-
-    @property
-    def name(self) -> str:
-        return "whole" if self.window is None else f"window {self.window}"
-
-
 def run(options: PerplexityOptions) -> None:
     """Raises InputError for what the options, the texts and the model refuse."""
     options.check()
     total = sum(len(document.text) for document in options.documents())
     model, tokenizer = open_model(options)
     readings = options.readings(model)
-    report = Report(options, model, readings)
+    report = Report(
+        str(options.model), options.dtype, options.max_tokens, half_lives(model.config), readings
+    )
     with (
         open_results(options, model, tokenizer) as results,
         Display(total * len(readings), "characters") as display,

@@ -2,21 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retentive.eval.curves import BLOCK, Mean, block_lengths, curve
 from retentive.eval.figures import by_distance
-from retentive.models.counts import half_lives
-from retentive.models.language_model import LanguageModel
 from retentive.reports.figures import MARKERS, PALETTE, figure
 from retentive.reports.tables import console, new_table, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from retentive.eval.perplexity import PerplexityOptions, Reading
 
 FORMAT = 1
 
@@ -38,12 +34,27 @@ class _Document:
     """By reading."""
 
 
+class Reading(NamedTuple):
+    """How a document is read: in rows of `window` tokens `stride` apart, or whole."""
+
+    window: int | None = None
+    stride: int | None = None
+
+    @property
+    def name(self) -> str:
+        return "whole" if self.window is None else f"window {self.window}"
+
+
+@dataclass
 class Report:
-    def __init__(
-        self, options: "PerplexityOptions", model: LanguageModel, readings: Sequence["Reading"]
-    ):
-        self.options, self.config, self.readings = options, model.config, readings
-        self.documents: list[_Document] = []
+    """Of a model, read in several ways. `max_tokens`: of each document, None for all."""
+
+    model: str
+    dtype: str
+    max_tokens: int | None
+    half_lives: list[float]
+    readings: Sequence[Reading]
+    documents: list[_Document] = field(default_factory=list)
 
     def add(self, name: str, tokens: int, length: int, measured: list[Measured]) -> None:
         self.documents.append(_Document(name, tokens, length, measured))
@@ -91,9 +102,9 @@ class Report:
         return {
             "evaluation": "perplexity",
             "format": FORMAT,
-            "model": str(self.options.model),
-            "dtype": self.options.dtype,
-            "max_tokens": self.options.max_tokens,
+            "model": self.model,
+            "dtype": self.dtype,
+            "max_tokens": self.max_tokens,
             "bytes": self.bytes,
             "documents": [
                 {"name": d.name, "tokens": d.tokens, "bytes": d.bytes} for d in self.documents
@@ -183,7 +194,7 @@ class Report:
                 for index in compared:
                     self._line(axes, self.gain(index), index)
                 axes.set_ylabel("above whole")
-            by_distance(panels, "tokens before", half_lives(self.config))
+            by_distance(panels, "tokens before", self.half_lives)
 
     def _line(self, axes: "Axes", points: list[tuple[int, int, Mean]], index: int) -> None:
         axes.errorbar(

@@ -25,6 +25,7 @@ from retentive.eval.options import Options, check_least, open_model, open_result
 from retentive.eval.progress import Display
 from retentive.eval.recall_report import Answer, Report
 from retentive.eval.results import Results
+from retentive.models.counts import half_lives
 from retentive.models.language_model import LanguageModel
 from retentive.models.state import ModelState
 
@@ -154,7 +155,16 @@ def run(options: RecallOptions) -> None:
     }
     probes = {name: made[name]() for name in dict.fromkeys(options.probes)}
     distances = options.distances
-    report = Report(options, model.config, {"passkey": 1 / PASSKEYS, "mqar": 1 / options.pairs})
+    report = Report(
+        model=str(options.model),
+        dtype=options.dtype,
+        samples=options.samples,
+        pairs=options.pairs,
+        seed=options.seed,
+        distances=distances,
+        half_lives=half_lives(model.config),
+        chances={"passkey": 1 / PASSKEYS, "mqar": 1 / options.pairs},
+    )
     total = len(probes) * options.samples * distances[-1]
     with (
         open_results(options, model, tokenizer) as results,

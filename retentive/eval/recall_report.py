@@ -2,18 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from retentive.eval.figures import by_distance
-from retentive.models.config import ModelConfig
-from retentive.models.counts import half_lives
 from retentive.reports.figures import MARKERS, PALETTE, figure
 from retentive.reports.tables import console, new_table
-
-if TYPE_CHECKING:
-    from retentive.eval.recall import RecallOptions
 
 FORMAT = 1
 
@@ -57,17 +53,21 @@ class Score(NamedTuple):
         return f"{self.mean:.3f}{error}"
 
 
+@dataclass
 class Report:
-    def __init__(
-        self,
-        options: "RecallOptions",
-        config: ModelConfig,
-        chances: dict[str, float],
-    ):
-        self.options, self.chances = options, chances
-        self.half_lives = half_lives(config)
-        self.answers: dict[str, list[list[Answer]]] = {}
-        """By probe, sample and distance."""
+    """Of a model whose heads have these half-lives, asked over `distances`."""
+
+    model: str
+    dtype: str
+    samples: int
+    pairs: int
+    seed: int
+    distances: list[int]
+    half_lives: list[float]
+    chances: dict[str, float]
+    """Of a right guess among the candidates, by probe."""
+    answers: dict[str, list[list[Answer]]] = field(default_factory=dict)
+    """By probe, sample and distance."""
 
     def scores(self, probe: str, what: str) -> list[Score]:
         """By distance."""
@@ -75,17 +75,16 @@ class Report:
         return [Score.of([getattr(answer, what) for answer in column]) for column in by_distance]
 
     def to_dict(self) -> dict[str, Any]:
-        options = self.options
         return {
             "evaluation": "recall",
             "format": FORMAT,
-            "model": str(options.model),
-            "dtype": options.dtype,
-            "samples": options.samples,
-            "pairs": options.pairs,
-            "seed": options.seed,
+            "model": self.model,
+            "dtype": self.dtype,
+            "samples": self.samples,
+            "pairs": self.pairs,
+            "seed": self.seed,
             "half_lives": self._half_lives(),
-            "distances": options.distances,
+            "distances": self.distances,
             "probes": {probe: self._probe(probe) for probe in self.answers},
         }
 
@@ -101,8 +100,8 @@ class Report:
         }
 
     def show(self, folder: Path) -> None:
-        options, out = self.options, console()
-        title = f"recall over distance, {options.samples} texts of each probe"
+        out = console()
+        title = f"recall over distance, {self.samples} texts of each probe"
         names = ["tokens\nbetween"]
         if self.half_lives:
             names.append("heads that hold half\n(slowest holds)")
@@ -114,7 +113,7 @@ class Report:
             for probe in self.answers
             for what in ("chosen", "greedy")
         ]
-        for row, distance in enumerate(options.distances):
+        for row, distance in enumerate(self.distances):
             held = [self._held(distance)] if self.half_lives else []
             table.add_row(f"{distance:,}", *held, *(column[row] for column in columns))
         out.print(table)
@@ -141,7 +140,7 @@ class Report:
                 scores = self.scores(probe, "chosen")
                 color = PALETTE[number]
                 axes.errorbar(
-                    self.options.distances,
+                    self.distances,
                     [score.mean for score in scores],
                     yerr=[score.error or 0.0 for score in scores],
                     marker=MARKERS[number],

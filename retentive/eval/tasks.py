@@ -85,7 +85,7 @@ def run(options: TasksOptions) -> int:
             batch_size=options.batch_size,
             answers=results,
         )
-        report = Report(options, results.folder)
+        report = Report(str(options.model), options.dtype, results.folder)
         for name in names:
             report.add(evaluate(lm, manager, name, options))
             report.save()

@@ -4,13 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from retentive.io.atomic import write_text
 from retentive.reports.tables import console, new_table
-
-if TYPE_CHECKING:
-    from retentive.eval.tasks import TasksOptions
 
 FORMAT = 1
 NAME = "tasks.json"
@@ -77,8 +74,8 @@ class NotRun:
 class Report:
     """What a folder holds of earlier runs stays, but for the same task, shots and limit."""
 
-    def __init__(self, options: "TasksOptions", folder: Path):
-        self.options, self.folder = options, folder
+    def __init__(self, model: str, dtype: str, folder: Path):
+        self.model, self.dtype, self.folder = model, dtype, folder
         self.outcomes: list[Outcome] = []
         self.not_run: list[NotRun] = []
         path = folder / NAME
@@ -97,8 +94,8 @@ class Report:
         report = {
             "evaluation": "tasks",
             "format": FORMAT,
-            "model": str(self.options.model),
-            "dtype": self.options.dtype,
+            "model": self.model,
+            "dtype": self.dtype,
             "lm_eval": lm_eval.__version__,
             "tasks": self._earlier_tasks() + [self._facts(outcome) for outcome in self.outcomes],
             "not_run": self._earlier_not_run() + [asdict(task) for task in self.not_run],
@@ -121,7 +118,7 @@ class Report:
 
     def show(self) -> None:
         columns = ["task", "shots", "documents", "metric", "value"]
-        table = new_table(str(self.options.model), columns, words=["task", "metric"])
+        table = new_table(self.model, columns, words=["task", "metric"])
         for outcome in self.outcomes:
             numbers = ["" if n is None else f"{n:,}" for n in (outcome.shots, outcome.documents)]
             for row, metric in enumerate(outcome.metrics):
