@@ -57,6 +57,8 @@ def of_kind(config: ModelConfig, kind: str) -> ModelConfig:
 def matching_transformer(config: ModelConfig, num_kv_heads: int | None = None) -> TransformerConfig:
     """The baseline of `config`: a Transformer of as many parameters; fewer kv heads make it GQA."""
     mixer = AttentionConfig.default(config.hidden_size)
+    if config.hidden_size < 64:  # toys: as many heads as theirs
+        mixer = AttentionConfig(getattr(config.mixer, "num_heads", 1))
     if num_kv_heads is not None:
         mixer = dataclasses.replace(mixer, num_kv_heads=num_kv_heads)
     return cast(TransformerConfig, with_mixer(config, mixer))
