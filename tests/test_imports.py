@@ -13,12 +13,13 @@ import retentive
 
 PACKAGE = Path(retentive.__file__).parent
 
-EVERYONES = {"errors", "devices", "fields", "sequences"}
+EVERYONES = {"errors", "devices", "fields", "sequences", "transforms"}
 ALLOWED = {  # a room or a module beside the rooms -> the rooms it may import, besides EVERYONES
     "errors": set(),
     "devices": set(),
     "fields": set(),
     "sequences": set(),
+    "transforms": set(),
     "arguments": set(),
     "io": set(),
     "reports": set(),

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from retentive.layers.norms import Normed, again
+from retentive.transforms import differentiable_once, transformed
 
 MANY_ROWS = 64  # from where on a product with its backward is faster, which transposes weights
 
@@ -28,6 +28,7 @@ def suits_onednn(x: Tensor) -> bool:
     """Whether a product of the rows of x `[...,in]` is oneDNN's; a compiler chooses by itself."""
     return (
         not torch.compiler.is_compiling()
+        and not transformed(x)
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and x.device.type == "cpu"
         and x.dtype == torch.float32
@@ -40,7 +41,8 @@ def suits_onednn(x: Tensor) -> bool:
 class Linear(nn.Linear):
     """nn.Linear, faster on a CPU, and without a bias unless asked for one.
 
-    There, with gradients from MANY_ROWS rows on, it is differentiable once, and backward only.
+    There, with gradients from MANY_ROWS rows on, its backward is differentiable once (by
+    torch.func any number of times: `retentive.transforms`).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
@@ -78,7 +80,7 @@ class _Kept(Function):
         ctx.save_for_backward(weight if trained_x else None, *parts)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *_: Tensor) -> tuple[None, None, None]:
         return None, None, None
 
@@ -93,7 +95,7 @@ class _Product(Function):
         ctx.kept = inputs[3].grad_fn
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), dx, dweight = gradients, None, None
         if ctx.kept is not None:  # not only the bias is trained

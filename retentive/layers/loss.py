@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from retentive.errors import InputError
 from retentive.layers.linear import product, suits_onednn
+from retentive.transforms import differentiable_once, transformed
 
 IGNORED = -100
 REDUCTIONS = ("mean", "sum")
@@ -28,6 +28,8 @@ def linear_cross_entropy(
     dtype, the softmax and all sums in float32 (float64 for float64).
     """
     _check(reduction, targets, h, weight.shape[0])
+    if transformed(h, weight, bias):
+        return cross_entropy(F.linear(h, weight, bias), targets, reduction)
     kind = h.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else h.dtype
@@ -94,7 +96,7 @@ class _LinearCrossEntropy(Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: with retain_graph=True there may be another backward.
         scaled = (None if x is None else x * grads[0] for x in ctx.saved_tensors)
@@ -124,6 +126,8 @@ def _check(reduction: str, targets: Tensor, x: Tensor, vocab_size: int) -> None:
 def _check_range(targets: Tensor, vocab_size: int) -> None:
     """Reading values would break a graph, and on an accelerator stall it."""
     if targets.device.type != "cpu" or torch.compiler.is_compiling() or not targets.numel():
+        return
+    if transformed(targets):
         return
     real = targets[targets != IGNORED]
     if real.numel() and not (0 <= int(real.min()) and int(real.max()) < vocab_size):

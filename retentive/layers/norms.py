@@ -10,17 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+
+from retentive.transforms import differentiable_once, transformed
 
 MANY = 2**15  # values, from where on passes cost more than calls
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm; for many tokens on a CPU it is differentiable once, and backward only."""
+    """nn.RMSNorm; for many tokens on a CPU its backward is differentiable once."""
 
     def forward(self, x: Tensor) -> Tensor:
         # The compiler is asked first: a size that it compares becomes a limit of what it makes.
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < MANY:
+            return super().forward(x)
+        if transformed(x, self.weight):
             return super().forward(x)
         assert self.eps is not None
         if not torch.is_grad_enabled():
@@ -71,7 +74,7 @@ class _RMSNorm(Function):
         ctx.save_for_backward(x, weight, output[1])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """With x̂ = x r:  dx = r (w dy - x̂ mean(w dy x̂))  and  dw = Σ dy x̂ over all tokens."""
         x, weight, r = ctx.saved_tensors

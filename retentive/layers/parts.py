@@ -9,6 +9,7 @@ from torch.nn import init
 from torch.utils.checkpoint import checkpoint
 
 from retentive.layers.norms import RMSNorm
+from retentive.transforms import transformed
 
 TensorFn = Callable[[Tensor], Tensor]
 """A module, or a function in its place."""
@@ -27,7 +28,7 @@ class Recomputing(nn.Module):
         The backward runs it again up to the last tensor it needs: of some elementwise steps and a
         projection after them the steps, which cost memory, but not the product, which costs time.
         """
-        if not (self.recompute and torch.is_grad_enabled()):
+        if not (self.recompute and torch.is_grad_enabled()) or transformed(*inputs):
             return segment(*inputs)
         draws = any(isinstance(part, nn.Dropout) for part in self.modules())  # an adapter's
         return checkpoint(segment, *inputs, use_reentrant=False, preserve_rng_state=draws)

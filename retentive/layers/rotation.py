@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retentive.ops.decay import row_scale
+from retentive.transforms import transformed
 
 RotationRule = Literal["official", "rope", "rope-across-heads"]
 
@@ -109,4 +110,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The signs are in `sin`. Computed in the dtype of the angles, then cast back to that of x.
     """
     exact = x.to(cos.dtype)
-    return (exact * cos).addcmul_(exact.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    turned, other = exact * cos, exact.roll(x.shape[-1] // 2, -1)
+    if transformed(x):  # which has no rule for the product in place
+        return turned.addcmul(other, sin).to(x.dtype)
+    return turned.addcmul_(other, sin).to(x.dtype)

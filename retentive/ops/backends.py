@@ -16,6 +16,7 @@ from retentive.ops.chunkwise import chunkwise, default_chunk_size
 from retentive.ops.packing import for_each_sequence
 from retentive.ops.recurrent import step
 from retentive.sequences import empty_state
+from retentive.transforms import transformed
 
 # (form, q, k, v, log_decay, state, cu_seqlens, chunk_size) -> (o, final state)
 Run = Callable[
@@ -47,6 +48,8 @@ def _torch(
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
+    if transformed(q, k, v, state) and form != "recurrent":
+        return _reference(form, q, k, v, log_decay, state, cu_seqlens, chunk_size)
     if form == "recurrent":
         state = empty_state(q, v, cu_seqlens) if state is None else state
         return for_each_sequence(step, q, k, v, log_decay, state, cu_seqlens)
@@ -67,6 +70,8 @@ def _triton(
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
+    if transformed(q, k, v, state):
+        return _reference(form, q, k, v, log_decay, state, cu_seqlens, chunk_size)
     from retentive.kernels.triton.chunkwise import chunkwise, default_chunk_size
 
     chunk_size = chunk_size or default_chunk_size(v)

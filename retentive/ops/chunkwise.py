@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retentive.ops import reference
+from retentive.ops.packing import for_each_sequence
 from retentive.sequences import empty_state, sequence_bounds, state_dtype
 
 BATCH = 32
@@ -290,8 +292,38 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, do: Tensor, dfinal: Tensor, _):
+    if torch.is_grad_enabled():  # create_graph=True
+        return _differentiable_backward(ctx, do, dfinal)
     dq, dk, dv, dstate = chunkwise_backward(do, dfinal, *ctx.saved_tensors, ctx.chunk_size)
     return dq, dk, dv, None, dstate if ctx.needs_input_grad[4] else None, None, None
+
+
+def _differentiable_backward(ctx, do: Tensor, dfinal: Tensor):
+    """The same gradients with a graph of their own: by plain operations, slower."""
+    q, k, v, log_decay, state, _, cu_seqlens = ctx.saved_tensors
+    given = (q, k, v, state)
+    wanted = [i for i, at in enumerate((0, 1, 2, 4)) if ctx.needs_input_grad[at]]
+    initial = empty_state(q, v, cu_seqlens) if state is None else state
+    exact = [x.to(initial.dtype) for x in (q, k, v)]
+    o, final = for_each_sequence(
+        reference.chunkwise,
+        exact[0],
+        exact[1],
+        exact[2],
+        log_decay,
+        initial,
+        cu_seqlens,
+        chunk_size=ctx.chunk_size,
+    )
+    found = torch.autograd.grad(
+        (o.to(v.dtype), final),
+        [given[i] for i in wanted],
+        (do, dfinal),
+        create_graph=True,
+        materialize_grads=True,
+    )
+    dq, dk, dv, dstate = (dict(zip(wanted, found, strict=True)).get(i) for i in range(4))
+    return dq, dk, dv, None, dstate, None, None
 
 
 chunkwise.register_autograd(_backward, setup_context=_keep)

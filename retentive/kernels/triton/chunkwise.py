@@ -19,6 +19,7 @@ from retentive.kernels.triton.output import read_chunks
 from retentive.kernels.triton.spans import Spans
 from retentive.kernels.triton.states import chunk_states
 from retentive.sequences import empty_state
+from retentive.transforms import differentiable_once
 
 
 def default_chunk_size(v: Tensor) -> int:
@@ -98,6 +99,7 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@differentiable_once
 def _backward(ctx, do: Tensor, dfinal: Tensor):
     dq, dk, dv, dstate = chunkwise_backward(do, dfinal, *ctx.saved_tensors, ctx.chunk_size)
     return dq, dk, dv, None, dstate if ctx.needs_input_grad[4] else None, None, None
