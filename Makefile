@@ -15,14 +15,14 @@ demo: $(READY)
 	@$(BIN)/python -m retentive demo
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 # Warnings of other packages are listed at the end; of this one they stay errors.
 test-newest:
 	@sh scripts/environment.sh "$(PY)" .venv-newest "$(TORCH)"
 	@echo "retentive: the lock's versions -> those of this run"
 	@.venv-newest/bin/python -m pip freeze --all | .venv-newest/bin/python scripts/versions.py requirements.lock /dev/stdin
-	@.venv-newest/bin/python -m pytest -m "not slow" -o filterwarnings=error:::retentive
+	@.venv-newest/bin/python -m pytest -m "not slow" -n 2 --dist loadfile -o filterwarnings=error:::retentive
 
 lint: $(READY)
 	@$(BIN)/ruff check .

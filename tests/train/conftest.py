@@ -53,6 +53,7 @@ def tiny(table: dict[str, Any]) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture(autouse=True)
-def no_gemm_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of a fraction of a second do not spend another on the machine's GEMM rate."""
+def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a fraction of a second spend none on the machine's GEMM rate or on curves."""
     monkeypatch.setattr("retentive.train.loop.measure_gemm_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("retentive.train.loop.plot_curve", lambda records, path: None)

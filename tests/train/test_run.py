@@ -22,7 +22,7 @@ from retentive.errors import InputError
 from retentive.train.checkpoints import RunFolder
 from retentive.train.config import RunConfig
 from retentive.train.loop import train
-from retentive.train.metrics import measure_gemm_rate, read_metrics
+from retentive.train.metrics import measure_gemm_rate, plot_curve, read_metrics
 from retentive.train.trainer import Trainer
 
 Tiny = Callable[..., RunConfig]
@@ -65,7 +65,10 @@ def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return arrange
 
 
-def test_a_run_learns_and_leaves_a_model_folder(tiny: Tiny, tmp_path: Path):
+def test_a_run_learns_and_leaves_a_model_folder(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("retentive.train.loop.plot_curve", plot_curve)
     out = tmp_path / "run"
     result = train(tiny(train={"steps": 60, "valid_every": 20}), out, quiet=True)
     assert result.finished

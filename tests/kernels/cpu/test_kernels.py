@@ -234,13 +234,22 @@ def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(problem, monkeypa
 
 
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-def test_what_was_kept_and_cut_off_is_compiled_again(tmp_path, suffix):
+def test_what_was_kept_and_cut_off_is_compiled_again(tmp_path, suffix, monkeypatch):
     """By a crash of the machine; once, not each time."""
-    multiplied(tmp_path, "int8")
-    for path in tmp_path.rglob(f"*.{suffix}"):
-        path.write_bytes(path.read_bytes()[:300])
-    multiplied(tmp_path, "int8")
-    assert len(list(tmp_path.rglob("*_again*.nbi"))) == 2
+    from numba import types
+    from numba.core import config
+
+    from retentive.kernels.cpu.products import compiled
+
+    def nothing(x: int) -> None:
+        pass
+
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    assert [compiled(nothing, types.int64).cache_hits for _ in range(2)] == [0, 1]
+    (kept,) = tmp_path.rglob(f"*.{suffix}")
+    kept.write_bytes(kept.read_bytes()[:300])
+    assert [compiled(nothing, types.int64).cache_hits for _ in range(2)] == [0, 1]
+    assert len(list(tmp_path.rglob("*_again*.nbi"))) == 1
 
 
 def test_what_is_kept_is_of_the_sources_that_are_there(tmp_path, monkeypatch):
