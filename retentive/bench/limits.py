@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retentive.bench.workers.tasks import Stopwatch
-from retentive.layers.linear import product
+from retentive.layers.cpu_training import product
 from retentive.train.metrics import measure_gemm_rate
 
 STREAM_BYTES = {"cpu": 2**28, "cuda": 2**30}

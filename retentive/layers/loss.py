@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from retentive.errors import InputError
-from retentive.layers.linear import product, suits_onednn
+from retentive.layers.cpu_training import product, suits_onednn
 from retentive.transforms import differentiable_once, transformed
 
 IGNORED = -100

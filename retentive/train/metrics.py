@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from retentive.errors import InputError
-from retentive.layers.linear import product
+from retentive.layers.cpu_training import product
 from retentive.reports.figures import BLUE, ORANGE, figure
 
 Record = dict[str, Any]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from retentive.layers import norms
+from retentive.layers import cpu_training
 from retentive.layers.norms import RMSNorm
 
 
 @pytest.fixture(autouse=True)
 def for_any_size(monkeypatch):
-    monkeypatch.setattr(norms, "MANY", 0)
+    monkeypatch.setattr(cpu_training, "MANY_VALUES", 0)
     torch.manual_seed(0)  # seven numbers may cancel: once in a thousand times 4 eps are too few
 
 

@@ -19,7 +19,7 @@ from retentive.adapters.loading import load_adapted
 from retentive.data.dataset import prepare
 from retentive.data.tokenizer import byte_tokenizer, save_tokenizer
 from retentive.errors import InputError
-from retentive.layers import linear
+from retentive.layers import cpu_training
 from retentive.mixers.retention import Recomputing
 from retentive.models.checkpoint import fingerprint, load, save_model
 from retentive.models.retnet import RetNet
@@ -177,12 +177,12 @@ def test_gradients_of_the_fast_path_are_those_of_plain_torch(
         if isinstance(module, Recomputing):
             module.recompute = False
     rows = []
-    plain = linear.product
-    monkeypatch.setattr(linear, "product", lambda x, *w: rows.append(len(x)) or plain(x, *w))
+    plain = cpu_training.product
+    monkeypatch.setattr(cpu_training, "product", lambda x, *w: rows.append(len(x)) or plain(x, *w))
     found, exact = (gradients(trainer) for trainer in (fast, slow))
     assert max(rows) == 4 * 64  # only float32 takes that path
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "suits_onednn", lambda x: False)
+        patch.setattr(cpu_training, "suits_onednn", lambda x: False)
         reference = gradients(fast)
     errors = [error(gradient, exact) for gradient in (found, reference)]
     assert errors[0] < 2 * errors[1] + 1e-6
