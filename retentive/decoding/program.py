@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retentive.kernels.cpu.instructions import OPERANDS, WORDS, Act, NormKind, Opcode
 from retentive.layers.parts import norm_parts
 from retentive.layers.quantized import QuantizedLinear
 
@@ -37,17 +38,18 @@ class Program:
 
         self.rows = rows
         self._machine, self._products = machine, products
-        self._code: list[list[int]] = []
+        self._bytecode: list[list[int]] = []
         self._kept: list[Tensor] = []  # whose addresses are in the program
-        self._free: dict[int, list[Tensor]] = {}
+        self._pool: dict[int, list[Tensor]] = {}  # free buffers, by their size
         self._header: Tensor | None = None
         self._read: set[int] = set()  # since the last barrier
         self._written: set[int] = set()
 
     def new(self, size: int) -> Rows:
         """Memory for an instruction to write; given out again when the `Rows` are gone."""
-        free = self._free.setdefault(size, [])
-        values = free.pop() if free else torch.empty(self.rows, size)
+        free = self._pool.setdefault(size, [])
+        shape = (self.rows, size)
+        values = free.pop() if free else torch.empty(shape, dtype=torch.float32, device="cpu")
         rows = Rows(self, values)
         weakref.finalize(rows, free.append, values)
         return rows
@@ -67,37 +69,63 @@ class Program:
         else:
             weight, outputs = layer.weight, len(layer.weight)
             form = forms.BFLOAT16 if weight.dtype == torch.bfloat16 else forms.FLOAT32
-        code = self._products.product(form)
-        row, bias = weight.stride(0) * weight.element_size(), getattr(layer, "bias", None)
-        y = self.new(outputs)
+        y, bias = self.new(outputs), getattr(layer, "bias", None)
         self._write(
-            self._machine.PRODUCT, [x], y,
-            code.address, self._address(weight), scales, zeros, gains, self._constant(bias),
-            x, y, outputs, x.size, row, groups, shift,
-        )  # fmt: skip
+            Opcode.PRODUCT,
+            reads=[x],
+            writes=y,
+            code=self._products.product(form).address,
+            weight=self._address(weight),
+            scales=scales,
+            zeros=zeros,
+            gains=gains,
+            bias=self._constant(bias),
+            x=x,
+            y=y,
+            N=outputs,
+            K=x.size,
+            row_bytes=weight.stride(0) * weight.element_size(),
+            scale_bytes=groups,
+            group_shift=shift,
+        )
         return y
 
     def norm(self, x: Rows, layer: Any, size: int) -> Rows:
         """Over each `size` values of a row."""
-        m, (kind, weight, bias, eps) = self._machine, norm_parts(layer)
+        kind, weight, bias, eps = norm_parts(layer)
         if kind == "none":
             return x
         y = self.new(x.size)
         self._write(
-            m.NORM, [x], y,
-            m.LAYER_NORM if kind == "layernorm" else m.RMS_NORM, x, y,
-            self._constant(weight), self._constant(bias), _bits(eps),
-            self.rows * x.size // size, size,
-        )  # fmt: skip
+            Opcode.NORM,
+            reads=[x],
+            writes=y,
+            kind=NormKind[kind],
+            x=x,
+            y=y,
+            weight=self._constant(weight),
+            bias=self._constant(bias),
+            eps=_bits(eps),
+            rows=self.rows * x.size // size,
+            size=size,
+        )
         return y
 
     def rotate(self, x: Rows, cos: Tensor, sin: Tensor) -> Rows:
         """Heads of queries or keys, turned by `[M,H,K]` of the tables of a step."""
         (_, _, K), y = cos.shape, self.new(x.size)
         self._write(
-            self._machine.ROTATE, [x], y,
-            x, y, self._address(cos), self._address(sin), x.size // K, K, cos.stride(0),
-        )  # fmt: skip
+            Opcode.ROTATE,
+            reads=[x],
+            writes=y,
+            x=x,
+            y=y,
+            cos=self._address(cos),
+            sin=self._address(sin),
+            heads=x.size // K,
+            K=K,
+            stride=cos.stride(0),
+        )
         return y
 
     def retain(self, S: Tensor, gamma: Tensor, q: Rows, k: Rows, v: Rows, tokens: int = 1) -> Rows:
@@ -105,46 +133,65 @@ class Program:
         (_, H, K, V), (_, rates) = S.shape, gamma.shape
         o = self.new(H * V)
         self._write(
-            self._machine.RETAIN, [q, k, v], o,
-            self._address(S), self._constant(gamma), q, k, v, o,
-            H, k.size // K, K, V, rates, tokens,
-        )  # fmt: skip
+            Opcode.RETAIN,
+            reads=[q, k, v],
+            writes=o,
+            S=self._address(S),
+            gamma=self._constant(gamma),
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            H=H,
+            G=k.size // K,
+            K=K,
+            V=V,
+            rates=rates,
+            tokens=tokens,
+        )
         return o
 
     def gate(self, act: str, gate: Rows, x: Rows | None = None) -> Rows:
         """act(gate) x, or without x act(gate)."""
-        m, y = self._machine, self.new(gate.size)
-        code = {"swish": m.SWISH, "gelu": m.GELU, "gelu_tanh": m.GELU_TANH}[act]
-        given = [gate] if x is None else [gate, x]
-        self._write(m.GATE, given, y, code, gate, 0 if x is None else x, y, gate.size)
+        y, reads = self.new(gate.size), [gate] if x is None else [gate, x]
+        size, given = gate.size, 0 if x is None else x
+        self._write(
+            Opcode.GATE, reads=reads, writes=y, act=Act[act], gate=gate, x=given, y=y, size=size
+        )
         return y
 
     def add(self, x: Rows, y: Rows, alpha: float = 1.0) -> Rows:
         """alpha x + y"""
-        z = self.new(x.size)
-        self._write(self._machine.ADD, [x, y], z, x, y, z, x.size, _bits(alpha))
+        z, scale = self.new(x.size), _bits(alpha)
+        self._write(Opcode.ADD, reads=[x, y], writes=z, x=x, z=y, y=z, size=x.size, scale=scale)
         return z
 
     def run(self) -> None:
         """All that has been written."""
         if self._header is None:
-            words = self._products.WORDS
-            code = torch.tensor([[*line, *[0] * (words - len(line))] for line in self._code])
-            self._header = torch.tensor([self._address(code), len(code), self.rows])
+            bytecode = torch.tensor(self._bytecode, dtype=torch.int64, device="cpu")
+            header = [self._address(bytecode), len(bytecode), self.rows]
+            self._header = torch.tensor(header, dtype=torch.int64, device="cpu")
         self._machine.run(self._header, torch.get_num_threads())
 
-    def _write(self, code: int, read: list[Rows], written: Rows, *operands: int | Rows) -> None:
+    def _write(
+        self, opcode: Opcode, *, reads: list[Rows], writes: Rows, **operands: int | Rows
+    ) -> None:
         """After a barrier, where a thread may still be at what this reads or writes over."""
         self._header = None
-        inputs, output = {x.values.data_ptr() for x in read}, written.values.data_ptr()
+        inputs, output = {x.values.data_ptr() for x in reads}, writes.values.data_ptr()
         if output in self._read | self._written or inputs & self._written:
-            self._code.append([self._machine.BARRIER])
+            self._bytecode.append([Opcode.BARRIER] + [0] * (WORDS - 1))
             self._read.clear()
             self._written.clear()
         self._read |= inputs
         self._written.add(output)
-        words = (self._address(x.values) if isinstance(x, Rows) else x for x in operands)
-        self._code.append([code, *words])
+        slots, instruction = OPERANDS[opcode], [int(opcode)] + [0] * (WORDS - 1)
+        assert operands.keys() == slots.__members__.keys()
+        for name, value in operands.items():
+            word = self._address(value.values) if isinstance(value, Rows) else int(value)
+            instruction[slots[name]] = word
+        self._bytecode.append(instruction)
 
     def _address(self, tensor: Tensor) -> int:
         self._kept.append(tensor.detach())  # the values, whichever tensor a parameter has later

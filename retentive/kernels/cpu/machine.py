@@ -1,10 +1,10 @@
-"""A small machine that runs a program on all cores: an instruction is an operation on rows.
+"""A bytecode machine that runs a program on all cores: an instruction is an operation on rows.
 
 Between two products of a decoding step are some ten operations of a microsecond each, which cost
-several times that when each is called from Python. A program (`inference.program`) lists them once,
-as addresses and sizes; here all of it is one compiled call. Every thread of torch's own pool walks
-through the whole program, does its share of each instruction, and waits for the others where the
-program has a barrier.
+several times that when each is called from Python. A program (`decoding.program`) lists them once,
+as addresses and sizes (`instructions`); here all of it is one compiled call. Every thread of
+torch's own pool walks through the whole program, does its share of each instruction, and waits for
+the others where the program has a barrier.
 
 Importing this compiles it by numba for the processor: a few seconds, kept on disk. What rows hold
 is float32. Legend: M rows (a token each), H and G heads, K and V head dims.
@@ -23,19 +23,19 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from retentive.kernels.cpu.available import LIBRARY
-from retentive.kernels.cpu.products import WORDS, call, compiled, float_of, floats, pointer, share
-
-# Instructions, the first word, and their operands, addresses and sizes; an address may be 0.
-BARRIER = 0
-PRODUCT = 1  # see `products.WORDS`
-NORM = 2  # kind, x, y, weight, bias, bits of eps, rows, size
-ROTATE = 3  # x, y, cos, sin, heads, K, numbers between the tables of two rows
-RETAIN = 4  # S, gamma, q, k, v, o, H, G, K, V, decays of a head, tokens of a text
-GATE = 5  # act, gate, x or 0, y, size
-ADD = 6  # x, z, y, size, bits of the scale of x
-
-RMS_NORM, LAYER_NORM = range(2)
-SWISH, GELU, GELU_TANH = range(3)
+from retentive.kernels.cpu.instructions import (
+    WORDS,
+    Act,
+    Add,
+    Gate,
+    Norm,
+    NormKind,
+    Opcode,
+    Product,
+    Retain,
+    Rotate,
+)
+from retentive.kernels.cpu.products import call, compiled, float_of, floats, pointer, share
 
 _SUMS = {"fastmath": {"reassoc", "contract", "nsz"}}  # in any order; infinities and NaN stay
 
@@ -54,7 +54,8 @@ def _call_product(typing, code, address, M, low, high):
 @njit
 def _run_product(address, M, thread, threads):
     op = carray(pointer(address), (WORDS,), np.int64)
-    code, gains, bias, y, N = op[1], op[5], op[6], op[8], op[9]
+    code, gains, bias = op[Product.code], op[Product.gains], op[Product.bias]
+    y, N = op[Product.y], op[Product.N]
     low, high = share(N, thread, threads)
     _call_product(code, address, M, low, high)
     count = high - low
@@ -113,12 +114,13 @@ def _mean_square(x, mean):
 
 @njit
 def _run_norm(op, thread, threads):
-    kind, weight, bias, rows, size = op[1], op[4], op[5], op[7], op[8]
-    eps = float_of(np.int32(op[6]))
-    low, high = share(rows, thread, threads)
+    kind, weight, bias, size = op[Norm.kind], op[Norm.weight], op[Norm.bias], op[Norm.size]
+    eps = float_of(np.int32(op[Norm.eps]))
+    low, high = share(op[Norm.rows], thread, threads)
     for row in range(low, high):
-        x, y = floats(op[2] + 4 * row * size, size), floats(op[3] + 4 * row * size, size)
-        mean = _mean(x) if kind == LAYER_NORM else np.float32(0.0)
+        x = floats(op[Norm.x] + 4 * row * size, size)
+        y = floats(op[Norm.y] + 4 * row * size, size)
+        mean = _mean(x) if kind == NormKind.layernorm else np.float32(0.0)
         r = np.float32(1.0) / np.sqrt(_mean_square(x, mean) + eps)
         for i in range(size):
             y[i] = (x[i] - mean) * r
@@ -135,13 +137,13 @@ def _run_norm(op, thread, threads):
 @njit
 def _run_rotate(op, M, thread, threads):
     """Each head x: (a cos - b sin, b cos + a sin), a and b its halves; the signs are in `sin`."""
-    heads, K, stride = op[5], op[6], op[7]
+    heads, K, stride = op[Rotate.heads], op[Rotate.K], op[Rotate.stride]
     half = K // 2
     low, high = share(M * heads, thread, threads)
     for head in range(low, high):
-        x, y = floats(op[1] + 4 * head * K, K), floats(op[2] + 4 * head * K, K)
+        x, y = floats(op[Rotate.x] + 4 * head * K, K), floats(op[Rotate.y] + 4 * head * K, K)
         table = 4 * (head // heads * stride + head % heads * K)
-        cos, sin = floats(op[3] + table, K), floats(op[4] + table, K)
+        cos, sin = floats(op[Rotate.cos] + table, K), floats(op[Rotate.sin] + table, K)
         for i in range(half):
             y[i] = x[i] * cos[i] + x[i + half] * sin[i]
         for i in range(half, K):
@@ -150,11 +152,11 @@ def _run_rotate(op, M, thread, threads):
 
 @njit
 def _run_retain(op, M, thread, threads):
-    """S ← γ S + kᵀ v, o = q S (paper §2.2), token after token of each text.
+    """S ← γ S + kᵀ v, o = q S (paper §2.2), token after token of each sequence.
 
     Threads share the heads, or else the columns of each.
     """
-    H, V, tokens = op[7], op[10], op[12]
+    H, V, tokens = op[Retain.H], op[Retain.V], op[Retain.tokens]
     heads = M // tokens * H
     parts = 1 if heads % threads == 0 else threads
     low, high = share(heads * parts, thread, threads)
@@ -166,14 +168,17 @@ def _run_retain(op, M, thread, threads):
 
 
 @njit
-def _retain(op, text, h, row, first, end):
+def _retain(op, sequence, h, row, first, end):
     """Columns of a head, two rows of S at once: so o is read half as often."""
-    H, G, K, V, rates = op[7], op[8], op[9], op[10], op[11]
+    H, G, K = op[Retain.H], op[Retain.G], op[Retain.K]
+    V, rates = op[Retain.V], op[Retain.rates]
     columns, group = end - first, row * G + h * G // H
-    S, gamma = op[1] + 4 * ((text * H + h) * K * V + first), floats(op[2] + 4 * h * rates, rates)
-    q, k = floats(op[3] + 4 * (row * H + h) * K, K), floats(op[4] + 4 * group * K, K)
-    v = floats(op[5] + 4 * (group * V + first), columns)
-    o = floats(op[6] + 4 * ((row * H + h) * V + first), columns)
+    S = op[Retain.S] + 4 * ((sequence * H + h) * K * V + first)
+    gamma = floats(op[Retain.gamma] + 4 * h * rates, rates)
+    q = floats(op[Retain.q] + 4 * (row * H + h) * K, K)
+    k = floats(op[Retain.k] + 4 * group * K, K)
+    v = floats(op[Retain.v] + 4 * (group * V + first), columns)
+    o = floats(op[Retain.o] + 4 * ((row * H + h) * V + first), columns)
     o[:] = 0
     for a in range(0, K, 2):  # K is even
         b = a + 1
@@ -188,23 +193,32 @@ def _retain(op, text, h, row, first, end):
 @njit
 def _run_gate(op, M, thread, threads):
     """y = act(gate) x, or without x act(gate)."""
-    act, size = op[1], op[5]
+    act, size = op[Gate.act], op[Gate.size]
     low, high = share(M * size, thread, threads)
     count = high - low
-    gate, y = floats(op[2] + 4 * low, count), floats(op[4] + 4 * low, count)
-    one = np.float32(1.0)
-    if act == SWISH:
+    gate, y = floats(op[Gate.gate] + 4 * low, count), floats(op[Gate.y] + 4 * low, count)
+    one, zero = np.float32(1.0), np.float32(0.0)
+    if act == Act.swish:
         for i in range(count):
             y[i] = gate[i] / (one + _exp(-gate[i]))
-    elif act == GELU:
+    elif act == Act.gelu:
         for i in range(count):
             y[i] = np.float32(0.5) * gate[i] * (one + _erf(gate[i] * np.float32(0.5**0.5)))
-    else:  # 1 + tanh(u) = 2 / (1 + exp(-2u)), u = √(2/π) (x + 0.044715 x³)
+    elif act == Act.gelu_tanh:  # 1 + tanh(u) = 2 / (1 + exp(-2u)), u = √(2/π) (x + 0.044715 x³)
         for i in range(count):
             u = gate[i] * (one + np.float32(0.044715) * gate[i] * gate[i])
             y[i] = gate[i] / (one + _exp(np.float32(-1.5957691216) * u))
-    if op[3]:
-        x = floats(op[3] + 4 * low, count)
+    elif act == Act.relu:
+        for i in range(count):
+            y[i] = max(gate[i], zero)
+    elif act == Act.relu2:
+        for i in range(count):
+            y[i] = max(gate[i], zero) * max(gate[i], zero)
+    else:  # quick_gelu
+        for i in range(count):
+            y[i] = gate[i] / (one + _exp(np.float32(-1.702) * gate[i]))
+    if op[Gate.x]:
+        x = floats(op[Gate.x] + 4 * low, count)
         for i in range(count):
             y[i] *= x[i]
 
@@ -212,13 +226,11 @@ def _run_gate(op, M, thread, threads):
 @njit
 def _run_add(op, M, thread, threads):
     """y = scale x + z"""
-    scale = float_of(np.int32(op[5]))
-    low, high = share(M * op[4], thread, threads)
+    scale = float_of(np.int32(op[Add.scale]))
+    low, high = share(M * op[Add.size], thread, threads)
     count = high - low
-    x, z, y = (
-        floats(op[1] + 4 * low, count), floats(op[2] + 4 * low, count),
-        floats(op[3] + 4 * low, count),
-    )  # fmt: skip
+    x, z = floats(op[Add.x] + 4 * low, count), floats(op[Add.z] + 4 * low, count)
+    y = floats(op[Add.y] + 4 * low, count)
     for i in range(count):
         y[i] = scale * x[i] + z[i]
 
@@ -258,17 +270,17 @@ def _run(header):
     thread, threads = np.int64(_thread_number()), np.int64(_thread_count())
     for place in range(told[1]):
         op = program[place]
-        if op[0] == BARRIER:
+        if op[0] == Opcode.BARRIER:
             _barrier()
-        elif op[0] == PRODUCT:
+        elif op[0] == Opcode.PRODUCT:
             _run_product(told[0] + 8 * WORDS * place, M, thread, threads)
-        elif op[0] == NORM:
+        elif op[0] == Opcode.NORM:
             _run_norm(op, thread, threads)
-        elif op[0] == ROTATE:
+        elif op[0] == Opcode.ROTATE:
             _run_rotate(op, M, thread, threads)
-        elif op[0] == RETAIN:
+        elif op[0] == Opcode.RETAIN:
             _run_retain(op, M, thread, threads)
-        elif op[0] == GATE:
+        elif op[0] == Opcode.GATE:
             _run_gate(op, M, thread, threads)
         else:
             _run_add(op, M, thread, threads)

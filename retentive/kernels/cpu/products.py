@@ -1,8 +1,8 @@
 """Products of a few rows with a weight that is read where it lies, row by row, once.
 
 For few rows of x they are bound by memory. A sum is taken in the same order for any number of
-threads and rows, so that what a text gives depends, to the last bit, neither on its neighbours nor
-on how many cores there are.
+threads and rows, so that the result of a row depends, to the last bit, neither on the other rows
+nor on how many cores there are.
 
 What a vectoriser makes of a product's loop leaves half of the memory's rate unused at 8 rows: it
 holds no tile of sums, and asks for no row ahead. So a tile is written here in LLVM's own
@@ -29,14 +29,12 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils, event
 from numba.extending import intrinsic
 
+from retentive.kernels.cpu.instructions import WORDS, Product
+
 log = logging.getLogger(__name__)
 
 SOURCES = sorted(Path(__file__).parent.glob("*.py"))
-WORDS = 14  # int64 of an instruction of the machine, of which a product is one: its code, then
-# `product`'s address, weight, scales, zeros, gains, bias, x, y, N, K, bytes of a row of the weight,
-# bytes of a row of scales, log2 of the columns of a group; an address may be 0 for none
-
-FLOAT32, BFLOAT16, INT8, INT4 = range(4)  # how weights are stored: see `models.quantized`
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)  # how weights are stored: see `layers.quantized`
 
 LANES = 16  # of a vector
 UNIT = 2 * LANES  # columns that are read at once: of 4 bits they are 16 bytes
@@ -255,8 +253,9 @@ def _strip(form: int, R: int, texts: int) -> Any:
 
     @_named(f"strip_{form}_{R}_{texts}")
     def strip(op, x, y, low, high, ahead):
-        weight, scales, zeros = op[2], op[3], op[4]
-        N, K, row, groups, shift = op[9], op[10], op[11], op[12], op[13]
+        weight, scales, zeros = op[Product.weight], op[Product.scales], op[Product.zeros]
+        N, K, row = op[Product.N], op[Product.K], op[Product.row_bytes]
+        groups, shift = op[Product.scale_bytes], op[Product.group_shift]
         whole = high - (high - low) % R
         for n in range(low, whole, R):
             tile(
@@ -284,11 +283,11 @@ def _product(form: int) -> Any:
     @_named(f"product_{form}")
     def product(address, M, low, high):
         op = carray(pointer(address), (WORDS,), np.int64)
-        N, K, row = op[9], op[10], op[11]
+        N, K, row = op[Product.N], op[Product.K], op[Product.row_bytes]
         for n in range(low, high, BLOCK):
             end, m = min(n + BLOCK, high), 0
             while m < M:
-                x, y = op[7] + 4 * m * K, op[8] + 4 * m * N
+                x, y = op[Product.x] + 4 * m * K, op[Product.y] + 4 * m * N
                 ahead = row if m == 0 else 0  # for later rows of x the weight is in the cache
                 if m + most <= M:
                     a(op, x, y, n, end, ahead)
@@ -368,5 +367,5 @@ _PRODUCTS = _float32_product, _bfloat16_product, _int8_product, _int4_product
 
 @functools.cache
 def product(form: int) -> Any:
-    """The code of products with weights of this form; its `address` is what PRODUCT names."""
+    """The code of products with weights of this form; its `address` is `Product.code`."""
     return compiled(_PRODUCTS[form], *[types.int64] * 4)
