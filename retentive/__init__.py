@@ -7,8 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retentive.convert.loading import load
-    from retentive.data.tokenizer import load_tokenizer
+    from retentive.convert.loading import load, load_tokenizer
     from retentive.inference.generate import generate
     from retentive.mixers.retention import MultiScaleRetention
     from retentive.models.config import RetNetConfig, TransformerConfig
@@ -29,7 +28,7 @@ _HOME = {
     "Transformer": "retentive.models.transformer",
     "RetNetState": "retentive.models.state",
     "load": "retentive.convert.loading",
-    "load_tokenizer": "retentive.data.tokenizer",
+    "load_tokenizer": "retentive.convert.loading",
     "generate": "retentive.inference.generate",
 }
 

@@ -11,9 +11,9 @@ import tyro
 from rich.table import Table
 
 from retentive.arguments import parse
+from retentive.convert.loading import load_config
 from retentive.errors import InputError
 from retentive.models.build import shapes
-from retentive.models.checkpoint import load_config
 from retentive.models.config import ModelConfig, RetNetConfig
 from retentive.models.counts import (
     flops_per_token,

@@ -81,7 +81,11 @@ def test_a_hybrid(info, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "complaint"),
-    [("1.2b", "did you mean '1.3b'?"), ("no/such", "no model folder"), (".", "config.json")],
+    [
+        ("1.2b", "did you mean '1.3b'?"),
+        ("./no/such/folder", "no file or folder"),
+        (".", "config.json"),
+    ],
 )
 def test_neither_a_folder_nor_a_size(info, name, complaint):
     code, out, err = info(name)

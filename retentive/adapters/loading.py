@@ -4,6 +4,7 @@ from pathlib import Path
 
 from retentive.adapters import initial_state, lora
 from retentive.adapters.base import check_base
+from retentive.convert.loading import load, load_config
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
 from retentive.models import checkpoint
@@ -25,7 +26,7 @@ def load_adapted(
     refuse_adapter(Path(folder))
     refuse_quantised(folder)
     exact = "float32" if base is None else base.partition(":")[0]
-    model = checkpoint.load(folder, device=str(where), dtype=exact)
+    model = load(folder, device=str(where), dtype=exact)
     if base is not None:
         check_base(adapter, base, fingerprint(model))
     if isinstance(values, dict):
@@ -63,7 +64,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def refuse_quantised(folder: str | Path) -> None:
-    if checkpoint.load_config(folder).quantization is not None:
+    if load_config(folder).quantization is not None:
         raise InputError(
             f"the weights of {folder} are quantised; give the model it was made from (and quantise "
             "after retentive merge)"

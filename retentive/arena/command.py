@@ -20,11 +20,11 @@ import torch
 from retentive.arena.plan import SIZES, VARIANTS, Job, Outcome, Plan
 from retentive.arena.report import Report
 from retentive.bench.options import check_positive
+from retentive.convert.loading import load
 from retentive.data.dataset import Corpus, prepare
 from retentive.devices import resolve_device
 from retentive.errors import InputError, nearest
 from retentive.io.atomic import write_text
-from retentive.models.checkpoint import load
 from retentive.models.counts import flops_per_token
 from retentive.train.config import RunConfig
 from retentive.train.loop import OnUpdate, train

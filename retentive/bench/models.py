@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retentive.convert.loading import load_config
 from retentive.errors import InputError, nearest
 from retentive.models.build import shapes
-from retentive.models.checkpoint import load_config
 from retentive.models.config import SIZES, ModelConfig, RetNetConfig
 from retentive.models.counts import mixer_name, parameters
 from retentive.models.matching import match_parameters, matching_transformer, of_kind

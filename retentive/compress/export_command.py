@@ -9,9 +9,9 @@ import tyro
 
 from retentive.arguments import parse
 from retentive.compress.export import check_format, export
-from retentive.data.tokenizer import FILE, copy_tokenizer, load_tokenizer
+from retentive.convert.loading import load, load_tokenizer
+from retentive.data.tokenizer import FILE, copy_tokenizer
 from retentive.io.folders import check_new
-from retentive.models.checkpoint import load
 
 
 @dataclass(frozen=True)

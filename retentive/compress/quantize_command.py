@@ -9,9 +9,10 @@ import tyro
 
 from retentive.arguments import parse
 from retentive.compress.quantize import check_source, quantize, scheme_bits
+from retentive.convert.loading import load, load_config
 from retentive.data.tokenizer import FILE, copy_tokenizer
 from retentive.io.folders import check_new, new_folder
-from retentive.models.checkpoint import WEIGHTS, load, load_config, save_model
+from retentive.models.checkpoint import WEIGHTS, save_model
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,15 @@ def main(argv: Sequence[str]) -> None:
     out = beside if options.out is None else options.out.expanduser()
     check_new(out)
     check_source(load_config(source))  # before the weights are read
-    made = quantize(load(source), bits)
+    model = load(source)
+    before = sum(x.nbytes for x in model.state_dict().values()) / 1e6
+    if (source / WEIGHTS).is_file():
+        before = (source / WEIGHTS).stat().st_size / 1e6
+    made = quantize(model, bits)
     with new_folder(out) as folder:
         save_model(made, folder)
         has_tokenizer = copy_tokenizer(source, folder)
     if not has_tokenizer:
         print(f"{source} holds no {FILE}: none is in {out}")
-    before, after = ((folder / WEIGHTS).stat().st_size / 1e6 for folder in (source, out))
+    after = (out / WEIGHTS).stat().st_size / 1e6
     print(f"wrote {out}: {after:.1f} MB of weights, {after / before:.1%} of {source}'s")

@@ -1,6 +1,8 @@
 """Which runner decodes a model fastest: a program on a CPU, recorded steps on a GPU, or neither."""
 
+import os
 import time
+from functools import partial
 
 import torch
 
@@ -8,6 +10,10 @@ from retentive.decoding import graphs, program_runner
 from retentive.decoding.recurrent import RecurrentRunner, Runner
 from retentive.models.language_model import LanguageModel
 from retentive.models.state import ModelState
+
+# A forked child has none of its parent's threads, and would wait for them for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def runner(model: LanguageModel, state: ModelState) -> Runner:

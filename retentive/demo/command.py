@@ -15,13 +15,12 @@ from rich.table import Table
 
 from retentive.arguments import parse
 from retentive.bench.along import TIMED, Mark, measure_along
+from retentive.convert.loading import load, load_tokenizer
 from retentive.data.dataset import Corpus, prepare
-from retentive.data.tokenizer import load_tokenizer
 from retentive.demo import figures
 from retentive.devices import resolve_device
 from retentive.errors import InputError
 from retentive.inference.generate import generate
-from retentive.models.checkpoint import load
 from retentive.models.language_model import LanguageModel
 from retentive.ops import FORMS
 from retentive.reports.tables import console, new_table, size

@@ -20,7 +20,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from retentive.data.tokenizer import TextTokenizer, load_tokenizer
+from retentive.convert.loading import load, load_tokenizer
+from retentive.data.tokenizer import TextTokenizer
 from retentive.decoding.runner import runner
 from retentive.devices import resolve_device
 from retentive.errors import InputError
@@ -28,7 +29,6 @@ from retentive.eval.branches import Request, Scorer, after
 from retentive.eval.progress import Display
 from retentive.eval.results import Answers
 from retentive.inference.text import TextStream
-from retentive.models.checkpoint import load
 from retentive.models.language_model import LanguageModel
 
 MOST_TOKENS = 256  # of a generation whose task does not say, as with lm-eval's other models

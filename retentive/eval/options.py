@@ -6,11 +6,11 @@ from typing import Annotated
 
 import tyro
 
-from retentive.data.tokenizer import TextTokenizer, load_tokenizer
+from retentive.convert.loading import load, load_config, load_tokenizer
+from retentive.data.tokenizer import TextTokenizer
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
 from retentive.eval.results import Results, check_folder, default_folder, identity
-from retentive.models.checkpoint import load, load_config
 from retentive.models.language_model import LanguageModel
 
 

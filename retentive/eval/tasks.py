@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from retentive.convert.loading import load_config
 from retentive.errors import InputError, nearest
 from retentive.eval.options import Options, check_least, open_model, open_results
 from retentive.eval.tasks_report import NotRun, Outcome, Report
-from retentive.models.checkpoint import load_config
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

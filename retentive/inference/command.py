@@ -15,13 +15,12 @@ import tyro
 
 from retentive.adapters.loading import load_adapted, refuse_adapter
 from retentive.arguments import parse
-from retentive.data.tokenizer import load_tokenizer
+from retentive.convert.loading import load, load_tokenizer
 from retentive.decoding.runner import fastest_threads
 from retentive.devices import resolve_device
 from retentive.errors import InputError
 from retentive.inference.sampling import Sampling
 from retentive.inference.session import Piece, Session
-from retentive.models.checkpoint import load
 
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")
 

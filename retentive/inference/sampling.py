@@ -7,6 +7,7 @@ it. The generators are on the CPU: a seed gives the same draws on every device.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,10 +70,12 @@ class Sampler:
                 "the model's logits are not finite: its weights are broken, or --dtype has too "
                 "small a range for them (try float32)"
             )
-        index = torch.tensor(rows, device=logits.device)
-        uniform = torch.zeros(len(rows), 1)
+        index = torch.tensor(rows, dtype=torch.int64, device=logits.device)
+        exact: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults
+        uniform = torch.zeros(len(rows), 1, **exact)
         if self.sampling.temperature > 0:
-            uniform = torch.cat([torch.rand(1, 1, generator=self.generators[r]) for r in rows])
+            drawn = [torch.rand(1, 1, generator=self.generators[r], **exact) for r in rows]
+            uniform = torch.cat(drawn)
         tokens = choose(logits, self.sampling, self.seen[index], uniform.to(logits.device))
         self.seen[index, tokens] = True
         return tokens
@@ -91,7 +94,7 @@ class Sampler:
 
 
 def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def choose(logits: Tensor, sampling: Sampling, seen: Tensor, uniform: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def packed(
 def _row_sequences(bounds: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """The sequence that begins and the one that ends each of `rows` equally long rows."""
     total = int(bounds[-1])
-    edges = torch.arange(rows + 1) * (total // rows)
+    edges = torch.arange(rows + 1, device="cpu") * (total // rows)
     first = torch.searchsorted(bounds[:-1], edges[:-1], right=True) - 1
     last = torch.searchsorted(bounds[1:], edges[1:])
     if total % rows or not torch.equal(bounds[first], edges[:-1]):

@@ -240,8 +240,10 @@ class WholeNumberKernel:
             layer.qweight, [FEW_ROWS, layer.in_features]
         )
         self.scales = layer.scales.float() / 127  # of the weight, and of a step of x
-        self.zeros = torch.zeros(layer.out_features, dtype=torch.int32)
-        self.zero = torch.tensor(128.5)  # codes are to nearest: a cast cuts the fraction off
+        self.zeros = torch.zeros(layer.out_features, dtype=torch.int32, device="cpu")
+        self.zero = torch.tensor(
+            128.5, dtype=torch.float32, device="cpu"
+        )  # codes are to nearest: a cast cuts the fraction off
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()

@@ -314,7 +314,8 @@ def _packed(
         o = _attend_runs(mask, q, (k, v), layout.cu_seqlens, past)
     if not layout.keeps_state:
         return o, None
-    left = torch.tensor([begin != end for begin, end in zip(first, last, strict=True)])
+    parted = [begin != end for begin, end in zip(first, last, strict=True)]
+    left = torch.tensor(parted, device="cpu")
     pieces = layout.pieces()
     return o, mask.append_packed(cache.emptied(left), (k, v), [pieces[index] for index in last])
 

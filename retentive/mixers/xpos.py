@@ -86,7 +86,7 @@ class XPosRetention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Segment by segment of all sequences at once; those that have ended are empty then."""
         lengths = cu_seqlens.diff()
-        steps = torch.arange(q.shape[1]) - cu_seqlens[:-1].repeat_interleave(lengths)
+        steps = torch.arange(q.shape[1], device="cpu") - cu_seqlens[:-1].repeat_interleave(lengths)
         o = torch.empty_like(v)
         for begin in range(0, int(lengths.max()), self.segment):
             where = ((steps >= begin) & (steps < begin + self.segment)).nonzero().squeeze(1)

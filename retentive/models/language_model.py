@@ -218,7 +218,7 @@ class LanguageModel(nn.Module):
 
     def restart_rows(self, state: ModelState, rows: Tensor) -> ModelState:
         """The state, with the initial one where `rows` (bool `[B]`, on the CPU) is True."""
-        index = torch.arange(state.batch_size).masked_fill(rows, state.batch_size)
+        index = torch.arange(state.batch_size, device="cpu").masked_fill(rows, state.batch_size)
         return concat([state, self.init_state(1)]).select(index)
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from retentive.convert.loading import load_config as load_model_config
 from retentive.data.dataset import DataConfig
 from retentive.errors import InputError, nearest
 from retentive.layers.feed_forward import FeedForwardConfig
@@ -20,7 +21,6 @@ from retentive.mixers import MIXERS
 from retentive.mixers.attention import AttentionConfig
 from retentive.mixers.retention import RetentionConfig
 from retentive.models.build import shapes
-from retentive.models.checkpoint import load_config as load_model_config
 from retentive.models.config import ModelConfig, RetNetConfig, config_class, named_size
 from retentive.models.flat import RETNET, put
 from retentive.models.matching import matching_transformer, of_kind

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from retentive.adapters.initial_state import InitialState
 from retentive.adapters.lora import Lora
+from retentive.convert.loading import load
 from retentive.data.batches import NO_TARGET, Batch, BatchOrder
 from retentive.data.dataset import Corpus
 from retentive.devices import resolve_device, resolve_dtype
 from retentive.errors import InputError
 from retentive.io.tensors import read_tensors, write_tensors
 from retentive.models.build import build_model
-from retentive.models.checkpoint import load, load_state, save_model
+from retentive.models.checkpoint import load_state, save_model
 from retentive.models.fingerprint import fingerprint
 from retentive.models.language_model import LanguageModel
 from retentive.models.state import ModelState, concat

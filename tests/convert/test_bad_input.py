@@ -372,8 +372,3 @@ def test_load_refuses_in_the_same_words(source):
         retentive.load(source)
     with pytest.raises(InputError, match="there is no file or folder"):
         retentive.load(source / "nothing")
-
-
-def test_commands_that_want_a_folder_of_ours_name_the_command_that_makes_one(source, capsys):
-    assert main(["generate", str(source), "--prompt", "a"]) == 2
-    assert "`retentive convert` makes a folder" in capsys.readouterr().err

@@ -175,7 +175,7 @@ def test_a_transformer_is_read_by_windows(corpus, tokenizer, capsys):
     ("arguments", "words"),
     [
         (["runs/demo", "no.txt"], "no.txt does not exist"),
-        (["runs/none", "book.txt"], "no model folder runs/none"),
+        (["none", "book.txt"], "no file or folder none"),
         (["runs/demo", "empty.txt"], "there is no text in empty.txt"),
         (["runs/demo", "book.txt", "--limit", "0"], "--limit is 0; give 1 or more"),
         (["runs/demo", "book.txt", "--windows", "0"], "--windows is 0; give 1 or more"),

@@ -238,7 +238,7 @@ def test_a_transformer_takes_lora_and_has_no_state(tune: Tune, tmp_path: Path):
     [
         ("lora", {"model": {"hidden_size": 8}}, "model.base is a whole model; leave out model.hid"),
         ("lora", {"model": {"kind": "transformer"}}, "model.base is a whole model; leave out mod"),
-        ("lora", {"model": {"base": "nowhere"}}, "no model folder nowhere"),
+        ("lora", {"model": {"base": "nowhere"}}, "no file or folder nowhere"),
         ("lora", {"data": {"tokenizer": "bpe"}}, "knows its own; leave it out"),
         ("state", {"adapter": {"rank": 4}}, 'adapter.rank belongs to kind = "lora"'),
         ("lora", {"adapter": {"rank": 0}}, "adapter.rank is 0; it must be at least 1"),

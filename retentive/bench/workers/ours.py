@@ -14,6 +14,7 @@ from retentive.bench.workers import tasks
 from retentive.bench.workers.along import TIMED, prepare_along
 from retentive.bench.workers.ops import prepare_op, prepare_step, sdpa_kernel_of
 from retentive.bench.workers.serving import Answer, Case, Run, Send, serve
+from retentive.convert.loading import load
 from retentive.decoding.graphs import Step, record
 from retentive.decoding.runner import runner
 from retentive.devices import keep_freed_memory, resolve_dtype
@@ -21,7 +22,6 @@ from retentive.inference.session import read_tokens
 from retentive.kernels.triton import available
 from retentive.mixers.kv_cache import KVCache
 from retentive.models.build import build_model
-from retentive.models.checkpoint import load
 from retentive.models.config import config_from_dict
 from retentive.models.counts import parameters, state_bytes
 from retentive.models.language_model import LanguageModel

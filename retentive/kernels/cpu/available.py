@@ -2,12 +2,14 @@
 
 import ctypes
 import functools
+import logging
 import sys
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+log = logging.getLogger(__name__)
 
 LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 THREADS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
@@ -19,11 +21,14 @@ def available() -> bool:
     if not sys.platform.startswith("linux") or find_spec("numba") is None or not _has_threads():
         return False
     try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        warnings.warn(f"decoding is slower for want of numba: {error}", stacklevel=2)
+        from numba import config
+    except Exception as error:  # whatever an import of other packages comes to
+        log.warning("decoding is slower for want of numba: %s: %s", type(error).__name__, error)
         return False
-    return True
+    disabled = bool(getattr(config, "DISABLE_JIT", False))
+    if disabled:
+        log.warning("decoding is slower, for NUMBA_DISABLE_JIT is set")
+    return not disabled
 
 
 def _has_threads() -> bool:
