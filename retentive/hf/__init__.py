@@ -7,7 +7,11 @@ folder that either package writes the other opens.
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 except ImportError as error:
-    raise ImportError('retentive.hf takes transformers: pip install "retentive[hf]"') from error
+    if error.name == "transformers":
+        reason = 'pip install "retentive[hf]"'
+    else:
+        reason = f"the one that is installed fails to import: {error}"
+    raise ImportError(f"retentive.hf takes transformers: {reason}") from error
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

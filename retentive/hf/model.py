@@ -34,6 +34,7 @@ from retentive.models.build import build_model
 from retentive.models.language_model import LanguageModel
 from retentive.models.state import ModelState
 
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds")
 _ASSISTED = GenerationMode.ASSISTED_GENERATION
 
 
@@ -74,6 +75,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         past_key_values: RetentiveCache | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits `[B,T,vocab]`, loss, and the cache after these tokens.
@@ -87,6 +89,7 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: that of the config, True unless said, but False in training.
         output_hidden_states: that of the config unless given.
         position_ids: refused, since attention_mask says where rows begin.
+        token_type_ids: of tokenizers that make them; as in other causal models without a meaning.
         past_key_values: the cache, as transformers before 5.24 spells it.
         """
         given = take_cache({"cache": cache, "past_key_values": past_key_values})
@@ -236,9 +239,14 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
     # What transformers does with a model
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers has it; takes the cache by either of its names."""
+        """As transformers has it; takes the cache by either of its names.
+
+        Without a prompt a document begins as others end: at the end token.
+        """
         if (cache := take_cache(kwargs)) is not None:
             kwargs[CACHE] = cache
+        if not args and all(kwargs.get(name) is None for name in _PROMPTS):
+            kwargs["input_ids"] = self._document_start()
         return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def train(self, mode: bool = True):
@@ -275,6 +283,16 @@ class RetentiveForCausalLM(PreTrainedModel, GenerationMixin):
         return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             *args, inputs_embeds=inputs_embeds, **kwargs
         )
+
+    def _document_start(self) -> Tensor:
+        ends = self.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+        if ends is None:
+            raise InputError(
+                "there is no prompt and no end token to begin a document with; give input_ids, or"
+                " generation_config.eos_token_id"
+            )
+        end = ends[0] if isinstance(ends, list) else ends
+        return torch.tensor([[end]], dtype=torch.int64, device=self.device)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

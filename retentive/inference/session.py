@@ -84,8 +84,8 @@ class Session:
         """Reads a prompt a row, long ones in segments, and makes every row active.
 
         The first call starts the rows; a later one goes on with what they hold, also where a row
-        had stopped, and returns what was held back of their texts. Raises InputError for an empty
-        prompt and for a wrong number of prompts.
+        had stopped, and returns what was held back of their texts. An empty prompt begins a
+        document. Raises InputError for an empty one to go on with, and for a wrong number.
         """
         self._check_whole()
         encoded = [self._encode(prompt) for prompt in prompts]
@@ -104,11 +104,18 @@ class Session:
             state = self.model.init_state(len(encoded))
             self._sampler = self._new_sampler(len(encoded))
             unread = [self.text.before for _ in encoded]
-        text = [[*before, *tokens] for before, tokens in zip(unread, encoded, strict=True)]
+        # Without a prompt a document begins as others end: at the end token
+        text = [
+            [*before, *tokens] or [self.text.end]
+            for before, tokens in zip(unread, encoded, strict=True)
+        ]
         state = read_tokens(self.model, [tokens[:-1] for tokens in text], state)
         self._runner = runner(self.model, state)
         self._stopped, self.active = {}, list(range(len(text)))
-        self.rows = [Row(TextStream(self.tokenizer, self.stop, t), t[-1]) for t in encoded]
+        self.rows = [
+            Row(TextStream(self.tokenizer, self.stop, prompt), tokens[-1])
+            for prompt, tokens in zip(encoded, text, strict=True)
+        ]
         for row, tokens in enumerate(encoded):
             self._sampler.observe(row, tokens)
         return held
@@ -122,6 +129,8 @@ class Session:
         A row's text may be empty (a character not yet whole, a stop string perhaps beginning).
         """
         self._check_whole()
+        if not self.active:
+            return []
         self.whole = False
         last = torch.tensor([self.rows[row].last for row in self.active], device=self.model.device)
         logits = self._runner.step(last)[:, : self.vocab_size]
@@ -204,7 +213,7 @@ class Session:
         except UnicodeEncodeError:  # bytes of a command line that are no text
             raise InputError("a prompt is not UTF-8; convert it first") from None
         tokens = self.text.encode(prompt, begin=False)
-        if not tokens:
+        if not tokens and self.rows:
             raise InputError("a prompt is empty; give at least one character to go on from")
         return tokens
 

@@ -20,7 +20,10 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     aside = aside_of(path)
     held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
+        aside.touch()  # by the umask; the library makes files for their owner alone
+        mode = aside.stat().st_mode
         save_file(held, aside, metadata)
+        aside.chmod(mode)
         replace_synced(aside, path)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))

@@ -32,6 +32,8 @@ BOOKKEEPING = frozenset(
     "problem_type return_dict torch_dtype transformers_version use_cache".split()
 )
 
+MOST_LAYERS = 10_000  # a number beyond is a broken file, and would fill memory with modules
+
 # The end of `model_type` where weights are quantised: other loaders refuse what they cannot read.
 QUANTIZED = "-quantized"
 
@@ -100,6 +102,10 @@ class ModelConfig:
             check_positive(name, getattr(self, name))
         for name in ("residual_scale", "embed_scale"):
             check_positive(name, getattr(self, name))
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise InputError(
+                f"num_hidden_layers is {self.num_hidden_layers}; give at most {MOST_LAYERS}"
+            )
         if self.head_bias and self.tie_word_embeddings:
             raise InputError("a tied head has no bias; leave head_bias or tie_word_embeddings out")
         if not 0 <= self.dropout < 1:

@@ -39,19 +39,21 @@ def validate(
     nats, tokens, text_bytes = 0.0, 0, 0
     was_training = model.training
     model.eval()
-    for step in range(math.ceil(order.steps_per_epoch)):
-        batch = order.batch(step)
-        rows_left = round((order.steps_per_epoch - step) * rows)
-        batch.targets[rows_left:] = NO_TARGET  # of the next epoch, with which a batch is filled up
-        if state is not None:
-            state = model.restart_rows(state, ~batch.continues)
-        with autocast(model.device, dtype):
-            loss, state = batch_loss(model, batch, state)
-        targets = batch.targets[batch.targets != NO_TARGET]
-        nats += loss.item()
-        tokens += len(targets)
-        text_bytes += int(token_bytes[targets].sum())
-        if max_tokens is not None and tokens >= max_tokens:
-            break
-    model.train(was_training)
+    try:
+        for step in range(math.ceil(order.steps_per_epoch)):
+            batch = order.batch(step)
+            rows_left = round((order.steps_per_epoch - step) * rows)
+            batch.targets[rows_left:] = NO_TARGET  # of the next epoch, which fills the batch up
+            if state is not None:
+                state = model.restart_rows(state, ~batch.continues)
+            with autocast(model.device, dtype):
+                loss, state = batch_loss(model, batch, state)
+            targets = batch.targets[batch.targets != NO_TARGET]
+            nats += loss.item()
+            tokens += len(targets)
+            text_bytes += int(token_bytes[targets].sum())
+            if max_tokens is not None and tokens >= max_tokens:
+                break
+    finally:
+        model.train(was_training)
     return nats / tokens, nats / math.log(2) / text_bytes

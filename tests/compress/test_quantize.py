@@ -330,7 +330,7 @@ def test_a_folder_without_tokenizer_is_told(folder, tmp_path, capsys):
     ("arguments", "line"),
     [
         (["model", "out", "--to", "int9"], "unknown format 'int9' (did you mean 'int8'?)"),
-        (["nothing", "out"], "no file or folder nothing"),
+        (["nothing", "out"], "there is no file or folder nothing"),
         (["model", "model"], "model exists already; name a new folder"),
         (["model", "far/out"], "far/out: there is no folder far"),
         (["quantised", "out"], "the model's weights have 8 bits already"),

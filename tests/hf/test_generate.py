@@ -240,3 +240,21 @@ def test_pipeline(theirs, words) -> None:
     options = {"max_new_tokens": 8, "temperature": 0}
     expected = retentive.generate(load(words), load_tokenizer(words), texts, **options)
     assert [row[0]["generated_text"].strip() for row in made] == [t.strip() for t in expected]
+
+
+def test_without_a_prompt_a_document_begins(theirs) -> None:
+    end = theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = 256
+    made = theirs.generate(max_new_tokens=4, do_sample=False)
+    assert torch.equal(
+        made, theirs.generate(torch.tensor([[end]]), max_new_tokens=4, do_sample=False)
+    )
+    theirs.generation_config.eos_token_id = None
+    with pytest.raises(InputError, match="no prompt and no end token"):
+        theirs.generate(max_new_tokens=4)
+
+
+def test_token_types_are_passed_over(theirs, tokens) -> None:
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    expected = theirs.generate(**given, **GREEDY)
+    types = {"token_type_ids": torch.zeros_like(tokens)}
+    assert torch.equal(theirs.generate(**given, **types, **GREEDY), expected)

@@ -103,7 +103,6 @@ def test_a_prompt_read_once_serves_many_texts(generate, tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--prompt", ""], "prompt is empty"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
         (["--prompt", "a", "--stop", ""], "stop string is empty"),

@@ -58,7 +58,6 @@ def test_a_model_in_training_is_left_in_training(model, byte_level):
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"stop": ""}, "stop"),
-        ({"prompts": ""}, "empty"),
         ({"prompts": []}, "no prompt"),
     ],
 )

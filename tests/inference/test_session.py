@@ -238,11 +238,11 @@ def test_bad_input(model, byte_level, tmp_path):
     session = Session(model, byte_level)
     with pytest.raises(InputError, match="no prompt"):
         session.read([])
-    with pytest.raises(InputError, match="prompt is empty"):
-        session.read(["a", ""])
     with pytest.raises(InputError, match="not UTF-8"):
         session.read(["a", "\udcff"])
     session.read(["a", "b"])
+    with pytest.raises(InputError, match="prompt is empty"):
+        session.read(["a", ""])
     with pytest.raises(InputError, match="2 texts to go on with and 1 prompts"):
         session.read(["a"])
     session.save(tmp_path / "state")
@@ -354,3 +354,21 @@ def test_a_session_whose_step_was_broken_off_does_not_go_on(byte_level, monkeypa
     for go_on in (session.step, lambda: session.read(["b"])):
         with pytest.raises(InputError, match="broken off"):
             go_on()
+
+
+def test_an_empty_prompt_begins_a_document(model, byte_level):
+    """As the end token before it does in training; beside a prompt, too."""
+    alone, beside = Session(model, byte_level), Session(model, byte_level)
+    alone.read([""])
+    beside.read(["", "ab"])
+    assert alone.rows[0].last == alone.text.end
+    for one, both in zip(alone.steps(5), beside.steps(5), strict=True):
+        assert [p for p in both if p.row == 0] == one
+
+
+def test_a_session_whose_rows_have_ended_has_no_step(model, byte_level):
+    session = Session(model, byte_level)
+    session.read(["a"])
+    session.active = []
+    assert session.step() == []
+    assert session.whole

@@ -165,6 +165,7 @@ def test_attention_may_be_given_by_its_fields() -> None:
         ({"rotation_base": float("nan")}, ["rotation_base", "nan"]),
         ({"vocab_size": 0}, ["vocab_size", "above 0"]),
         ({"num_hidden_layers": -1}, ["num_hidden_layers", "above 0"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers", "at most 10000"]),
         ({"intermediate_size": 0}, ["intermediate_size", "above 0"]),
         ({"dropout": 1.0}, ["dropout", "[0, 1)"]),
         ({"num_heads": 3}, ["qk_dim 64", "num_heads 3"]),
