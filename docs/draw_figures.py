@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from retentive import RetNetConfig, TransformerConfig
+from retentive import RetNetConfig
 from retentive.models.counts import state_bytes
+from retentive.models.matching import matching_transformer
 from retentive.ops.decay import half_life, log_decay
 from retentive.reports import figures
 
@@ -55,8 +56,8 @@ def half_lives(heads: int = 8) -> None:
 def memory(size: str = "6.7b") -> None:
     """Bytes that a sequence needs to go on: the state, beside the keys and values of attention."""
     retnet = RetNetConfig.named(size)
-    attention = TransformerConfig.matching(retnet)
-    grouped = TransformerConfig.matching(retnet, num_kv_heads=attention.num_heads // 8)
+    attention = matching_transformer(retnet)
+    grouped = matching_transformer(retnet, num_kv_heads=attention.mixer.num_heads // 8)
     lines = [
         (attention, "Transformer, MHA", figures.ORANGE),
         (grouped, "Transformer, GQA 8-fold", figures.BROWN),

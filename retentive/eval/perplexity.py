@@ -96,7 +96,7 @@ class PerplexityOptions(Options):
         windows = [Reading(w, self.stride or max(1, w // 2)) for w in dict.fromkeys(self.windows)]
         if not whole and not windows:
             raise InputError(
-                "a Transformer's cache grows with a text, so it is read by windows; give --windows"
+                "the state of this model grows with the sequence: read by windows; give --windows"
             )
         return whole + windows
 

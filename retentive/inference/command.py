@@ -32,14 +32,14 @@ def _left_out(metavar: str, default: object) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """With --load-state, what is left out is as it was when the texts were saved."""
+    """With --load-state, options that are left out are as they were when the state was saved."""
 
     model: tyro.conf.Positional[Path]
     """A model folder, or the folder of a training run."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to go on from; several are written at once. Without any, standard input is it."""
     max_new_tokens: int = 128
-    """At most so many tokens a text; 0 only reads the prompt (for --save-state)."""
+    """New tokens per sequence, at most; 0 only reads the prompt (for --save-state)."""
     temperature: Annotated[float | None, _left_out("FLOAT", Sampling.temperature)] = None
     """Divides the logits; 0 is greedy."""
     top_k: Annotated[int | None, _left_out("INT", "all")] = None
@@ -51,17 +51,17 @@ class Options:
     repetition_penalty: Annotated[float | None, _left_out("FLOAT", Sampling.repetition_penalty)] = (
         None
     )
-    """Weaken the tokens already in the text; 1 is off."""
+    """Weaken the tokens already in the sequence; 1 is off."""
     seed: Annotated[int | None, _left_out("INT", Sampling.seed)] = None
     """The text is the same for the same seed."""
     adapter: Annotated[Path | None, _left_out("FOLDER", "none")] = None
     """A LoRA adapter or a tuned state of this model, as training writes it."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End a text before this string; may be given several times."""
+    """End a sequence before this string; may be given several times."""
     save_state: Annotated[Path | None, _left_out("FILE", "none")] = None
-    """Write here what is needed to go on with the texts."""
+    """Write here the state of the sequences, to go on with them."""
     load_state: Annotated[Path | None, _left_out("FILE", "none")] = None
-    """Go on with the texts saved here; a --prompt a text is added to them."""
+    """Go on with the sequences saved here; a --prompt for each is added to it."""
     device: str = "auto"
     """cpu, cuda, cuda:N, mps or auto."""
     dtype: str = "float32"
@@ -145,7 +145,9 @@ def _write(session: Session, prompts: Sequence[str], options: Options) -> int:
     if written:
         rate = f"{written} tokens in {seconds:.2f} s, {written / seconds:.1f} tokens/s"
         print(rate, file=sys.stderr)
-    print(f"state: {session.state_bytes / len(session.rows):,.0f} bytes a text", file=sys.stderr)
+    print(
+        f"state: {session.state_bytes / len(session.rows):,.0f} bytes per sequence", file=sys.stderr
+    )
     if options.save_state is not None:
         adapter = "" if options.adapter is None else f"--adapter {options.adapter} "
         again = f"retentive generate {options.model} {adapter}--load-state {options.save_state}"
@@ -160,10 +162,10 @@ def _choose_threads(session: Session, tokens: int) -> None:
 
 
 class Printer:
-    """Several texts on one stream: one shows as it is written, the others wait for their turn."""
+    """Several sequences on one stream: one shows as it is written, the others wait their turn."""
 
     def __init__(self, out: TextIO, headings: Sequence[str]) -> None:
-        """`headings`: one a text; no heading is shown above a single one."""
+        """`headings`: one per sequence; none is shown above a single one."""
         self.out, self.headings = out, headings
         self.shown = 0  # the text that streams now
         self.waiting = [""] * len(headings)
@@ -233,7 +235,7 @@ def _interruptions() -> Iterator[list[int]]:
 
 def _standard_input() -> str:
     if sys.stdin.isatty():
-        raise InputError("there is no prompt; give --prompt TEXT, or pipe a text in")
+        raise InputError("there is no prompt; give --prompt TEXT, or pipe one in")
     try:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:

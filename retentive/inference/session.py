@@ -1,4 +1,4 @@
-"""Texts in the making: read prompts, step by step add a token to each row, save and go on.
+"""Generation in steps: read prompts, add a token to each sequence, save and go on.
 
 A session's rows are ragged and stop by themselves. Between two calls each row is whole: the model
 has read all of its text but the last token, which `step` feeds next. So a session saved between
@@ -93,8 +93,8 @@ class Session:
             raise InputError("there is no prompt; give at least one")
         if self.rows and len(encoded) != len(self.rows):
             raise InputError(
-                f"there are {len(self.rows)} texts to go on with and {len(encoded)} prompts; "
-                "give one prompt a text, or none"
+                f"there are {len(self.rows)} sequences to go on with and {len(encoded)} prompts; "
+                "give one prompt per sequence, or none"
             )
         held = self.held()
         if self.rows:

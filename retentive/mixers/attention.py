@@ -176,10 +176,10 @@ class CausalMask:
         return KVCache.empty(rows, capacity, heads, head_dim, like)
 
     def cache(self, kv: Pair) -> KVCache:
-        return KVCache.of(kv)
+        return KVCache.from_kv(kv)
 
     def restore(self, tensors: dict[str, Tensor], lengths: Sequence[int]) -> KVCache:
-        return KVCache.of((tensors["k"], tensors["v"]), lengths)
+        return KVCache.from_kv((tensors["k"], tensors["v"]), lengths)
 
     def held(self, context: int) -> int:
         """Tokens in the cache behind `context` tokens."""
@@ -216,10 +216,10 @@ class SlidingWindow:
 
     def cache(self, kv: Pair) -> WindowCache:
         rows, _, count, _ = kv[0].shape
-        return WindowCache.of(kv, [count] * rows, self.size - 1)
+        return WindowCache.from_kv(kv, [count] * rows, self.size - 1)
 
     def restore(self, tensors: dict[str, Tensor], lengths: Sequence[int]) -> WindowCache:
-        return WindowCache.of((tensors["k"], tensors["v"]), lengths, tensors["k"].shape[2])
+        return WindowCache.from_kv((tensors["k"], tensors["v"]), lengths, tensors["k"].shape[2])
 
     def held(self, context: int) -> int:
         return min(context, self.size - 1)
@@ -236,7 +236,7 @@ class SlidingWindow:
         k, v = (torch.cat(parts, 2) for parts in zip(cache.kv, kv, strict=True))
         lengths = [length + q.shape[2] for length in cache.lengths]
         o = attend_window(q, (k, v), self.size, lengths)
-        return o, WindowCache.of((k, v), lengths, self.size - 1)
+        return o, WindowCache.from_kv((k, v), lengths, self.size - 1)
 
     def append_packed(
         self, cache: WindowCache, kv: Pair, pieces: Sequence[tuple[int, int]]

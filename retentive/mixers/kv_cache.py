@@ -39,7 +39,7 @@ class KVCache:
     kind: ClassVar[str] = "kv"
 
     @classmethod
-    def of(cls, kv: Pair, lengths: Sequence[int] | None = None) -> Self:
+    def from_kv(cls, kv: Pair, lengths: Sequence[int] | None = None) -> Self:
         """A cache that takes over keys and values `[B,G,T,d]`, of all tokens or of `lengths`."""
         rows, _, tokens, _ = kv[0].shape
         lengths = (tokens,) * rows if lengths is None else tuple(lengths)
@@ -48,7 +48,7 @@ class KVCache:
     @classmethod
     def empty(cls, rows: int, capacity: int, heads: int, head_dim: int, like: Tensor) -> Self:
         k, v = (like.new_zeros(rows, heads, capacity, head_dim) for _ in range(2))
-        return cls.of((k, v), (0,) * rows)
+        return cls.from_kv((k, v), (0,) * rows)
 
     @property
     def uniform(self) -> int | None:
@@ -104,7 +104,7 @@ class KVCache:
             return type(self)(self.buffers, tuple(lengths))
         if needed > capacity:
             capacity = max(needed, 2 * capacity)
-        return self.of(self._copies(capacity), lengths)
+        return self.from_kv(self._copies(capacity), lengths)
 
     def _copies(self, capacity: int) -> Pair:
         k, v = self.kv
@@ -123,7 +123,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> Self:
         k, v = (held.index_select(0, rows) for held in self.kv)
-        return self.of((k, v), [self.lengths[row] for row in rows.tolist()])
+        return self.from_kv((k, v), [self.lengths[row] for row in rows.tolist()])
 
     def emptied(self, rows: Tensor) -> Self:
         """Nothing is held of the rows where `rows` (bool `[B]`) is True."""
@@ -138,13 +138,13 @@ class KVCache:
         if not self.buffers.kv[0].requires_grad:
             return self
         k, v = (held.detach().clone() for held in self.kv)
-        return self.of((k, v), self.lengths)
+        return self.from_kv((k, v), self.lengths)
 
     def to(self, device: torch.device | str) -> Self:
         if torch.device(device) == self.buffers.kv[0].device:
             return self
         k, v = (held.to(device) for held in self.kv)
-        return self.of((k, v), self.lengths)
+        return self.from_kv((k, v), self.lengths)
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(zip("kv", self.kv, strict=True))
@@ -154,4 +154,4 @@ class KVCache:
         lengths = [length for state in states for length in state.lengths]
         copies = [state._copies(max(lengths, default=0)) for state in states]
         k, v = (torch.cat(parts) for parts in zip(*copies, strict=True))
-        return cls.of((k, v), lengths)
+        return cls.from_kv((k, v), lengths)

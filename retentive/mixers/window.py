@@ -25,7 +25,7 @@ class WindowCache:
     kind: ClassVar[str] = "window"
 
     @classmethod
-    def of(cls, kv: Pair, lengths: Sequence[int], room: int) -> Self:
+    def from_kv(cls, kv: Pair, lengths: Sequence[int], room: int) -> Self:
         """The last tokens of keys and values, at most `room` of each row, which has `lengths`."""
         lengths = tuple(min(length, room) for length in lengths)
         held, kept = kv[0].shape[2], max(lengths, default=0)
@@ -51,7 +51,7 @@ class WindowCache:
         for index, (begin, end) in enumerate(pieces):
             own = zip(self.row(index), kv, strict=True)
             k, v = (torch.cat((held, new[:, :, begin:end]), 2) for held, new in own)
-            rows.append(self.of((k, v), [k.shape[2]], room))
+            rows.append(self.from_kv((k, v), [k.shape[2]], room))
         return self.concat(rows)
 
     @property

@@ -53,7 +53,7 @@ class _Decay(NamedTuple):
     chunk: Tensor  # γ^C  [H, 1, 1]
 
     @classmethod
-    def of(cls, log_decay: Tensor, chunk_size: int) -> "_Decay":
+    def from_log_decay(cls, log_decay: Tensor, chunk_size: int) -> "_Decay":
         n = torch.arange(chunk_size, dtype=log_decay.dtype, device=log_decay.device)
         rate = log_decay[:, None, None]
         within = torch.exp(rate * (n[:, None] - n[None, :]).clamp(min=0)).tril()
@@ -61,7 +61,7 @@ class _Decay(NamedTuple):
         until_end = torch.exp(rate * n.flip(0)[:, None])
         return cls(within, since_start, until_end, torch.exp(rate * chunk_size))
 
-    def of_last(self, rows: int) -> "_Decay":
+    def for_last(self, rows: int) -> "_Decay":
         """The same for a shorter chunk, `rows` ≤ C; nothing is padded into the state."""
         if rows == self.within.shape[1]:
             return self
@@ -217,9 +217,9 @@ def chunkwise(
         final.copy_(state)
     kept = _new_kept(q, v, cu_seqlens, chunk_size)
     free = iter(kept)
-    full = _Decay.of(log_decay, chunk_size)
+    full = _Decay.from_log_decay(log_decay, chunk_size)
     for segment in _segments(cu_seqlens, batch, length, heads, chunk_size):
-        decay = full.of_last(segment.chunk_size)
+        decay = full.for_last(segment.chunk_size)
         running = final[segment.sequences].flatten(0, 1)
         if not segment.is_first:
             next(free)[: len(running)].copy_(running)
@@ -249,12 +249,12 @@ def chunkwise_backward(
     dtype, (batch, length, heads, _) = state_dtype(q), q.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dstate = dfinal.clone(memory_format=torch.contiguous_format)
-    full = _Decay.of(log_decay, chunk_size)
+    full = _Decay.from_log_decay(log_decay, chunk_size)
     segments = list(_segments(cu_seqlens, batch, length, heads, chunk_size))
     last_kept = sum(not segment.is_first for segment in segments)
     before = iter(reversed(kept[:last_kept].unbind()))
     for segment in reversed(segments):
-        decay = full.of_last(segment.chunk_size)
+        decay = full.for_last(segment.chunk_size)
         running = dstate[segment.sequences].flatten(0, 1)
         qs, ks, vs, dos = (segment.load(x, dtype) for x in (q, k, v, do))
         dscores = _scores(dos, vs, decay)

@@ -168,7 +168,7 @@ def test_a_transformer_is_read_by_windows(corpus, tokenizer, capsys):
     assert [r["window"] for r in report("perplexity", Path("runs/eval/llama"))["readings"]] == [64]
     assert "a Transformer's cache grows" in capsys.readouterr().out
     assert main(command) == 2
-    assert "a Transformer's cache grows with a text" in capsys.readouterr().err
+    assert "the state of this model grows with the sequence" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_one_prompt(generate):
     assert out
     assert "30 tokens in" in err
     assert "tokens/s" in err
-    assert "state: 2,048 bytes a text" in err  # K 16, V 32, float32
+    assert "state: 2,048 bytes per sequence" in err  # K 16, V 32, float32
     assert generate("--prompt", "hello", "--max-new-tokens", 30)[1] == out
     assert generate("--prompt", "hello", "--max-new-tokens", 30, "--seed", 1)[1] != out
 

@@ -243,7 +243,7 @@ def test_bad_input(model, byte_level, tmp_path):
     session.read(["a", "b"])
     with pytest.raises(InputError, match="prompt is empty"):
         session.read(["a", ""])
-    with pytest.raises(InputError, match="2 texts to go on with and 1 prompts"):
+    with pytest.raises(InputError, match="2 sequences to go on with and 1 prompts"):
         session.read(["a"])
     session.save(tmp_path / "state")
     torch.manual_seed(1)

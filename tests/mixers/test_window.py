@@ -64,15 +64,15 @@ def test_it_holds_the_last_tokens_and_frees_the_others() -> None:
         torch.arange(1000.0).view(1, 1, 1000, 1).expand(2, 1, 1000, 2),
         torch.zeros(2, 1, 1000, 2),
     )
-    cache = WindowCache.of((k, v), [1000, 1000], room=3)
+    cache = WindowCache.from_kv((k, v), [1000, 1000], room=3)
     assert held(cache) == [[997, 998, 999]] * 2
     assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in cache.kv) == 2 * 2 * 3 * 2 * 4
-    nothing = WindowCache.of((k, v), [1000, 1000], room=0)
+    nothing = WindowCache.from_kv((k, v), [1000, 1000], room=0)
     assert (held(nothing), nothing.nbytes) == ([[], []], 0)
 
 
 def test_rows_of_other_lengths() -> None:
-    cache = WindowCache.of(piece(1.0, tokens=2), [2, 2], room=3)
+    cache = WindowCache.from_kv(piece(1.0, tokens=2), [2, 2], room=3)
     ragged = cache.emptied(torch.tensor([True, False])).append_packed(
         piece(2.0, rows=1, tokens=3), [(0, 1), (1, 3)], 3
     )

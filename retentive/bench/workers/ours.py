@@ -154,7 +154,7 @@ class CacheDecoder(Decoder):
         shape = (batch, config.mixer.kv_heads, room, head_dim)
         like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
         caches = [
-            KVCache.of((torch.empty(shape, **like), torch.empty(shape, **like)), (0,) * batch)
+            KVCache.from_kv((torch.empty(shape, **like), torch.empty(shape, **like)), (0,) * batch)
             for _ in model.layers
         ]
         return cls(model, ModelState(model.init_state(batch).positions, caches))
@@ -175,7 +175,7 @@ class CacheDecoder(Decoder):
             end = cache.lengths[0] + count
             for buffer in cache.buffers.kv:
                 buffer[:, :, cache.lengths[0] : end].normal_()
-            caches.append(KVCache.of(cache.buffers.kv, (end,) * len(cache.lengths)))
+            caches.append(KVCache.from_kv(cache.buffers.kv, (end,) * len(cache.lengths)))
         self.state = ModelState(self.state.positions + count, caches)
         self.context += count
         return True
@@ -194,7 +194,7 @@ class RecordedDecoder(Decoder):
 
     def _step(self) -> Tensor:
         caches = [
-            KVCache.of(cache.buffers.kv, cache.lengths)
+            KVCache.from_kv(cache.buffers.kv, cache.lengths)
             for cache in cast(list[KVCache], self.state.layers)
         ]
         state = ModelState(self.state.positions, caches)
