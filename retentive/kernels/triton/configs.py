@@ -19,6 +19,19 @@ from retentive.kernels.triton.cases import SHARED_MEMORY
 Configs = Callable[..., list[triton.Config]]
 
 
+# triton's own are of other types in every version
+
+
+def cdiv(n: int, by: int) -> int:
+    """n / by, rounded up."""
+    return -(-n // by)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 @cache
 def tuned(kernel: Any, configs: Configs, X: int, Y: int, dtype, precision: str, device, *_: bool):
     """`kernel` with the fastest of `configs(X, Y, dtype, precision, shared)`, once it has run.
@@ -102,7 +115,7 @@ def _configs(names: tuple[str, ...], rows: list[tuple[int, ...]]) -> list[triton
 
 def _block(width: int) -> int:
     """The smallest power of two that holds it and that a product takes."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 DIMS = ((64, 128), (128, 256), (256, 512))

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retentive.kernels.triton.cases import OPTIONS, Case
+from retentive.kernels.triton.configs import cdiv, next_power_of_2
 from retentive.kernels.triton.norm_gate import activated, affine, launch_norm_gate, standardized
 
 HEAD_TILE = 4096  # elements of the state that a program of a head holds at once,
@@ -191,7 +192,7 @@ def _slices(q, k, v, state, decay, tables, active, o) -> None:
     V = v.shape[3]
     cos, _, key_cos, _ = tables
     tile = _slice_tile(K, V)
-    _slice_kernel[(triton.cdiv(V, tile["BLOCK_V"]), batch * heads)](
+    _slice_kernel[(cdiv(V, tile["BLOCK_V"]), batch * heads)](
         q, k, v, state, o, decay, *tables, active,
         length, heads, heads // k.shape[2], *decay.stride(),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
@@ -201,15 +202,15 @@ def _slices(q, k, v, state, decay, tables, active, o) -> None:
 
 def _head_tile(K: int, V: int) -> dict[str, int]:
     """The constants of `_head_kernel`: a tile of the state is BLOCK_K whole rows."""
-    width, depth = triton.next_power_of_2(V), triton.next_power_of_2(K)
+    width, depth = next_power_of_2(V), next_power_of_2(K)
     block_k = min(depth, max(1, HEAD_TILE // width))
     return {"K": K, "V": V, "BLOCK_K": block_k, "BLOCK_V": width}
 
 
 def _slice_tile(K: int, V: int) -> dict[str, int]:
     """The constants of `_slice_kernel`: a tile of the state is all K rows of a slice."""
-    depth = triton.next_power_of_2(K)
-    width = min(triton.next_power_of_2(V), SLICE, max(1, SLICE_TILE // depth))
+    depth = next_power_of_2(K)
+    width = min(next_power_of_2(V), SLICE, max(1, SLICE_TILE // depth))
     return {"K": K, "V": V, "BLOCK_K": depth, "BLOCK_V": width}
 
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retentive.kernels.triton.cases import OPTIONS, Case
+from retentive.kernels.triton.configs import cdiv, next_power_of_2
 
 NORMS = ("layernorm", "rmsnorm", "none")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swish")
@@ -85,7 +86,7 @@ def _forward_kernel(
     inside = (row < rows)[:, None] & (v < V)[None, :]
     at = row[:, None] * V + v[None, :]
     x = tl.load(o + at, mask=inside, other=0.0).to(tl.float32)
-    x, _ = standardized(x, inside, eps, V, NORM)
+    x, _ = standardized(x, inside, eps, V, NORM)  # pyright: ignore[reportGeneralTypeIssues]
     x = affine(x, weight, bias, v, V)
     if gate is not None:
         at_gate = (row // heads * gate_token + row % heads * V)[:, None] + v[None, :]
@@ -175,7 +176,7 @@ def launch_norm_gate(
     gate = None if gate is None else _token_rows(gate)
     rows, tile = o.numel() // dim, _tile(dim, TILE)
     with torch.cuda.device_of(o):
-        _forward_kernel[(triton.cdiv(rows, tile["BLOCK_R"]),)](
+        _forward_kernel[(cdiv(rows, tile["BLOCK_R"]),)](
             o.contiguous(), gate, weight, bias, active, y,
             rows, heads, rows // o.shape[0], 0 if gate is None else gate.stride(0), eps,
             NORM=norm, ACT=act, **tile, **OPTIONS,
@@ -196,7 +197,7 @@ def norm_gate_backward(
     """Gradients of o, gate, weight and bias; empty for what there is not."""
     heads, dim = o.shape[-2:]
     rows, tile = o.numel() // dim, _tile(dim, BACKWARD_TILE)
-    programs = triton.cdiv(rows, tile["BLOCK_R"] * TILES)
+    programs = cdiv(rows, tile["BLOCK_R"] * TILES)
     do = torch.empty_like(o, memory_format=torch.contiguous_format)
     dgate = _gradient(gate)
     sums = o.new_empty(2, programs, dim, dtype=torch.float32)
@@ -216,7 +217,7 @@ def norm_gate_backward(
 
 def _tile(dim: int, elements: int) -> dict[str, int]:
     """The constants of a kernel whose tile has so many elements, for heads of V = `dim`."""
-    width = triton.next_power_of_2(dim)
+    width = next_power_of_2(dim)
     return {"V": dim, "BLOCK_R": max(1, elements // width), "BLOCK_V": width}
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from retentive.kernels.triton.cases import OPTIONS, SHARED_MEMORY, Case
 from retentive.kernels.triton.configs import (
     SPECIALIZATIONS,
+    cdiv,
     describe,
     output_configs,
     pointer,
@@ -166,8 +167,8 @@ def read_chunks(
     kernel = tuned(_read, output_configs, *key, reverse, transposed)
 
     def grid(meta) -> tuple[int, int]:
-        row_tiles = spans.chunks * triton.cdiv(spans.chunk_size, meta["BLOCK_M"])
-        return row_tiles * triton.cdiv(Y, meta["BLOCK_Y"]), H
+        row_tiles = spans.chunks * cdiv(spans.chunk_size, meta["BLOCK_M"])
+        return row_tiles * cdiv(Y, meta["BLOCK_Y"]), H
 
     with torch.cuda.device_of(a):
         kernel[grid](

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retentive.kernels.triton.cases import OPTIONS, Case
+from retentive.kernels.triton.configs import cdiv, next_power_of_2
 
 TILE = 4096  # elements of a head that a program turns
 
@@ -94,7 +95,7 @@ def rotate_qk(
     assert cos.stride() == sin.stride() and key_cos.stride() == key_sin.stride()
     turned_q, turned_k = _like(q), _like(k)
     tile = _tile(dim)
-    programs = triton.cdiv(length, tile["BLOCK_T"]) * (heads + k.shape[2])
+    programs = cdiv(length, tile["BLOCK_T"]) * (heads + k.shape[2])
     with torch.cuda.device_of(q):
         _rotation_kernel[(programs, batch)](
             q, k, turned_q, turned_k, cos, sin, key_cos, key_sin,
@@ -107,7 +108,7 @@ def rotate_qk(
 
 def _tile(dim: int) -> dict[str, int]:
     """The constants of the kernel for heads of K = `dim`."""
-    width = triton.next_power_of_2(dim // 2)
+    width = next_power_of_2(dim // 2)
     return {"PAIRS": dim // 2, "BLOCK_T": max(1, TILE // (2 * width)), "BLOCK_P": width}
 
 

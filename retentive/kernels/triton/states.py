@@ -27,6 +27,7 @@ from torch import Tensor
 from retentive.kernels.triton.cases import OPTIONS, SHARED_MEMORY, Case
 from retentive.kernels.triton.configs import (
     SPECIALIZATIONS,
+    cdiv,
     describe,
     pointer,
     state_configs,
@@ -171,7 +172,7 @@ def chunk_states(
             return states, final
         local = torch.empty_like(states, dtype=torch.float32)
         carry(spans.chunks, None, None, local, spans.chunk_table, True)
-        _scan[spans.sequences * triton.cdiv(K * V, SCAN_BLOCK), H](
+        _scan[spans.sequences * cdiv(K * V, SCAN_BLOCK), H](
             local, log_decay, initial, states, final, spans.sequence_table, *shared,
             SIZE=K * V, REVERSE=reverse, BLOCK=SCAN_BLOCK, **OPTIONS,
         )  # fmt: skip
@@ -179,7 +180,7 @@ def chunk_states(
 
 
 def _tiles(K: int, V: int, block_k: int, block_v: int) -> int:
-    return triton.cdiv(K, block_k) * triton.cdiv(V, block_v)
+    return cdiv(K, block_k) * cdiv(V, block_v)
 
 
 def _leaves_idle(programs: int, K: int, V: int, device: torch.device) -> bool:
