@@ -7,6 +7,7 @@ from importlib.util import find_spec
 # Tiny tensors run up to 100x slower on threads that wait for each other; subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.pop("COLUMNS", None)  # of the terminal, from pytest-xdist: reports would wrap by it
 
 import hypothesis
 import pytest
